@@ -1,0 +1,1 @@
+"""Text pairs -> token ids -> batches."""

@@ -1,0 +1,238 @@
+"""Pairs of texts -> token ids (`encode_pairs`), and rows of token ids -> padded batches (`Seq2SeqCollator`).
+
+Shapes: B batch, S longest source of the batch, T longest target of the batch, both with their final `</s>`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+
+from dragoman.data.reading import Pairs
+from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
+
+OVERLONG_POLICIES = ("error", "drop", "truncate")
+EMPTY_POLICIES = ("error", "drop")
+IGNORED_LABEL = -100
+ENCODED_COLUMNS = ("input_ids", "labels", "length")
+
+
+@dataclass
+class DropReport:
+    """What became of the pairs that went through `encode_pairs`; `str(report)` is a sentence.
+
+    Attributes:
+        kept: number of encoded pairs.
+        dropped: number of dropped pairs by reason; a pair counts once, under the first reason that applies.
+        truncated: number of kept pairs that were cut, by side.
+    """
+
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    truncated: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        lost = self.dropped.total()
+        sentence = f"kept {self.kept:,} of {self.kept + lost:,} pairs"
+        if lost:
+            sentence += f"; dropped {lost:,}: " + _listed(self.dropped)
+        if self.truncated:
+            sentence += "; truncated: " + _listed(self.truncated)
+        return sentence
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
+
+
+def encode_pairs(
+    dataset: Pairs,
+    processing_class: ProcessingClass,
+    *,
+    max_source_length: int | None = None,
+    max_target_length: int | None = None,
+    overlong: str = "error",
+    empty: str = "error",
+    num_proc: int | None = None,
+) -> tuple[Pairs, DropReport]:
+    """Turn text pairs into token ids.
+
+    Args:
+        dataset: columns `source` and `target`, as `read_pairs` gives them.
+        processing_class: a tokenizer for both sides, or a `DragomanProcessor`.
+        max_source_length, max_target_length: in tokens, the final `</s>` included; None is no limit.
+        overlong: what to do with a pair of which a side is longer: `"error"`, `"drop"`, or `"truncate"` (but not the
+            final token).
+        empty: what to do with a pair of which a side has nothing but white space: `"error"` or `"drop"`.
+        num_proc: processes; for map-style data only.
+
+    Returns:
+        The encoded data with the columns `input_ids` and `labels` (lists of ids that end with `</s>`) and `length`
+        (tokens of the longer side, for sampling by length), and the report. For a stream the report counts while the
+        stream is consumed, over all passes, and only in the process that consumes it.
+
+    Raises:
+        ValueError: an overlong or empty pair where the policy is `"error"`, naming the pair (for streams during the
+            iteration); an unknown policy; a tokenizer that does not end its output with `</s>`.
+    """
+    for name, value, choices in (("overlong", overlong, OVERLONG_POLICIES), ("empty", empty, EMPTY_POLICIES)):
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}; it can be {', '.join(choices)}")
+    for name, limit in (("max_source_length", max_source_length), ("max_target_length", max_target_length)):
+        if limit is not None and limit < 2:
+            raise ValueError(f"{name} is {limit}; it must be at least 2, one token and the end of the sequence")
+    for tokenizer in source_and_target_tokenizer(processing_class):
+        _require_final_eos(tokenizer)
+    encoder = _Encoder(processing_class, max_source_length, max_target_length, overlong, empty)
+    report = DropReport()
+    if isinstance(dataset, IterableDataset):
+        if num_proc is not None:
+            raise ValueError("num_proc is for map-style data; a stream is encoded where it is consumed")
+        return _encode_stream(dataset, encoder, report), report
+
+    outcomes = dataset.map(
+        encoder,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        num_proc=num_proc,
+        desc="Encoding pairs",
+    )
+    _count(report, outcomes["dropped"], outcomes["truncated"])
+    kept = [index for index, reason in enumerate(outcomes["dropped"]) if reason is None]
+    encoded = outcomes.select_columns(list(ENCODED_COLUMNS))
+    return (encoded if len(kept) == len(encoded) else encoded.select(kept)), report
+
+
+def _encode_stream(dataset: IterableDataset, encoder: _Encoder, report: DropReport) -> IterableDataset:
+    names = dataset.column_names or list(next(iter(dataset)))
+
+    def encode_and_filter(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        outcome = encoder(batch, indices)
+        _count(report, outcome["dropped"], outcome["truncated"])
+        kept = [row for row, reason in enumerate(outcome["dropped"]) if reason is None]
+        return {column: [outcome[column][row] for row in kept] for column in ENCODED_COLUMNS}
+
+    return dataset.map(encode_and_filter, batched=True, with_indices=True, remove_columns=names)
+
+
+def _count(report: DropReport, dropped: list[str | None], truncated: list[str | None]) -> None:
+    report.kept += sum(reason is None for reason in dropped)
+    report.dropped.update(reason for reason in dropped if reason is not None)
+    report.truncated.update(
+        sides for sides, reason in zip(truncated, dropped, strict=True) if sides is not None and reason is None
+    )
+
+
+def _require_final_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = tokenizer(text_target="a").input_ids
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        raise ValueError(
+            f"the tokenizer does not end its output with its end-of-sequence token {tokenizer.eos_token!r}, "
+            "so a model trained with it would never learn to stop; add the token in its post-processor"
+        )
+
+
+@dataclass
+class _Encoder:
+    """Encodes a batch of rows; a class so that worker processes can receive it."""
+
+    processing_class: ProcessingClass
+    max_source_length: int | None
+    max_target_length: int | None
+    overlong: str
+    empty: str
+
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """Encode; `dropped` is the reason to drop a row or None, `truncated` names the sides cut or is None."""
+        source_tokenizer, target_tokenizer = source_and_target_tokenizer(self.processing_class)
+        outcome: dict[str, list[Any]] = {name: [] for name in (*ENCODED_COLUMNS, "dropped", "truncated")}
+        rows = zip(
+            indices,
+            batch["source"],
+            batch["target"],
+            source_tokenizer(batch["source"]).input_ids,
+            target_tokenizer(text_target=batch["target"]).input_ids,
+            strict=True,
+        )
+        for index, source, target, input_ids, labels in rows:
+            sides = (
+                ("source", source, input_ids, self.max_source_length),
+                ("target", target, labels, self.max_target_length),
+            )
+            dropped, cut = None, []
+            for side, text, ids, limit in sides:
+                where = f"pair {index + 1} ({source[:40]!r} / {target[:40]!r})"
+                if not text.strip():
+                    if self.empty == "error":
+                        raise ValueError(f'{where}: the {side} is empty; set empty="drop" to leave such pairs out')
+                    dropped = dropped or f"with an empty {side}"
+                elif limit is not None and len(ids) > limit:
+                    if self.overlong == "error":
+                        raise ValueError(
+                            f"{where}: the {side} has {len(ids)} tokens and max_{side}_length is {limit}; "
+                            'set overlong to "drop" or "truncate", or raise the limit'
+                        )
+                    if self.overlong == "drop":
+                        dropped = dropped or f"with a {side} longer than {limit} tokens"
+                    else:
+                        del ids[limit - 1 : -1]
+                        cut.append(side)
+            outcome["input_ids"].append(input_ids)
+            outcome["labels"].append(labels)
+            outcome["length"].append(max(len(input_ids), len(labels)))
+            outcome["dropped"].append(dropped)
+            outcome["truncated"].append(" and ".join(cut) or None)
+        return outcome
+
+
+class Seq2SeqCollator(DataCollatorForSeq2Seq):
+    """Pad encoded pairs to a batch.
+
+    Args:
+        processing_class: the tokenizer or `DragomanProcessor` that encoded the pairs; its padding token is used.
+        model: if given, its vocabulary sizes check the ids, and its `prepare_decoder_input_ids_from_labels` makes the
+            decoder inputs.
+        **kwargs: as `DataCollatorForSeq2Seq`: `padding`, `max_length`, `pad_to_multiple_of`, `return_tensors`.
+
+    Calling it with rows of `input_ids` and `labels` (and anything else the model takes; `length` is left out) gives
+    `input_ids (B,S)`, `attention_mask (B,S)`, `labels (B,T)` padded with -100, and with a model also
+    `decoder_input_ids (B,T)`.
+
+    Raises:
+        ValueError: (in the call) an id outside the model's source or target vocabulary.
+    """
+
+    def __init__(self, processing_class: ProcessingClass, model: PreTrainedModel | None = None, **kwargs: Any) -> None:
+        source_tokenizer, _ = source_and_target_tokenizer(processing_class)
+        super().__init__(source_tokenizer, model=model, label_pad_token_id=IGNORED_LABEL, **kwargs)
+
+    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        rows = [{name: value for name, value in row.items() if name != "length"} for row in features]
+        if self.model is not None:
+            source_size = self.model.get_encoder().get_input_embeddings().num_embeddings
+            _check_ids(rows, "input_ids", "source", source_size)
+            _check_ids(rows, "labels", "target", self.model.config.vocab_size)
+        batch = super().__call__(rows, return_tensors)
+        if batch["labels"] is None:
+            del batch["labels"]
+        return batch
+
+
+def _check_ids(rows: list[dict[str, Any]], name: str, side: str, vocab_size: int) -> None:
+    for number, row in enumerate(rows, start=1):
+        if name not in row:
+            continue
+        ids = torch.as_tensor(row[name])
+        ids = ids[ids != IGNORED_LABEL] if name == "labels" else ids
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if outside.numel():
+            raise ValueError(
+                f"{name} of row {number} of the batch hold the token id {int(outside[0])}, but the model's {side} "
+                f"vocabulary has the ids 0 to {vocab_size - 1}: the tokenizer and the model do not belong together"
+            )

@@ -1,0 +1,286 @@
+"""Text pairs from files and datasets: the door through which all training and test data enters.
+
+Every source of pairs ends as a `datasets.Dataset` (or `IterableDataset`) with the columns `source` and `target`;
+further columns are kept. A row that is not a pair of strings is a `ValueError` of one sentence naming file and line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from itertools import zip_longest
+from pathlib import Path
+from typing import IO, Any, TypeAlias, cast
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, IterableDataset, Value, load_from_disk
+
+EMBEDDED_DIR = Path(__file__).parent / "embedded"
+EMBEDDED_PREFIX = "embedded:"
+
+Pairs: TypeAlias = Dataset | IterableDataset
+PairSpec: TypeAlias = "str | Path | Sequence[str | Path] | Pairs"
+
+
+def read_pairs(
+    spec: PairSpec, *, streaming: bool = False, source_column: str = "source", target_column: str = "target"
+) -> Pairs:
+    """Read sentence pairs from wherever they lie.
+
+    Args:
+        spec: one of
+            - a path that ends in `.jsonl` or `.jsonl.gz`: one JSON object a line;
+            - a path that ends in `.tsv` or `.tsv.gz`: two columns without a heading, or any number of columns below a
+              first line that names them (it must hold both column names); no quoting, no escapes;
+            - two paths `[source, target]` of parallel text files, plain or `.gz`, one sentence a line;
+            - `"embedded:NAME/SPLIT"`: data that ships in the package, for example `"embedded:tiny_en_it/train"`;
+            - a folder written by `Dataset.save_to_disk` (of a `DatasetDict`: the folder of one split);
+            - a loaded `datasets.Dataset` or `datasets.IterableDataset`.
+        streaming: give an `IterableDataset` that reads while it is iterated, for data larger than memory. Errors in the
+            rows then come up during the iteration. An `IterableDataset` stays one in any case.
+        source_column, target_column: their names in the data, renamed to `source` and `target`; `a.b` reaches into a
+            nested column, as `translation.en` does in many published translation sets. Not for parallel text files.
+
+    Returns:
+        `Dataset`, or `IterableDataset` when streaming, with the string columns `source` and `target`; others are kept.
+
+    Raises:
+        FileNotFoundError: no such path; names what lies there under a similar name.
+        ValueError: a row is malformed, the data is empty or the specification is none of the above.
+    """
+    columns = (source_column, target_column)
+    if isinstance(spec, Dataset | IterableDataset):
+        return _pairs_of_dataset(spec, "the dataset", columns, streaming)
+    if isinstance(spec, str) and spec.startswith(EMBEDDED_PREFIX):
+        spec = _embedded_path(spec)
+    if isinstance(spec, str | Path):
+        path = _existing(Path(spec))
+        if path.is_dir():
+            return _pairs_of_folder(path, columns, streaming)
+        return _pairs_of_rows((path,), columns, streaming)
+    paths = tuple(Path(part) for part in spec)
+    if len(paths) != 2:
+        raise ValueError(f"parallel text files come as two paths [source, target], but {len(paths)} were given: {spec}")
+    if columns != ("source", "target"):
+        raise ValueError(f"parallel text files have no column names, so {columns} cannot be chosen in {paths[0]}")
+    return _pairs_of_rows(tuple(_existing(path) for path in paths), columns, streaming)
+
+
+def read_lines(path: str | Path = "-") -> Iterator[str]:
+    """Yield the lines of a text file (plain or `.gz`), or of standard input for `"-"`, without their line ends.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: bytes that are not UTF-8, or a damaged gzip file, with the line.
+    """
+    if str(path) == "-":
+        yield from (line for _, line in _numbered_lines(sys.stdin.buffer, "standard input"))
+        return
+    existing = _existing(Path(path))
+    with _open(existing) as handle:
+        yield from (line for _, line in _numbered_lines(handle, existing))
+
+
+def _pairs_of_rows(paths: tuple[Path, ...], columns: tuple[str, str], streaming: bool) -> Pairs:
+    """Read files: `paths` is one file of pairs, or the two halves of parallel text."""
+    if streaming:
+        # The paths travel as a tuple: `datasets` would deal a list out to its workers, one item each.
+        return IterableDataset.from_generator(_rows, gen_kwargs={"paths": paths, "columns": columns})
+    table: dict[str, list[Any]] = {"source": [], "target": []}
+    for count, row in enumerate(_rows(paths, columns)):
+        for name in row.keys() - table.keys():
+            table[name] = [None] * count
+        for name, values in table.items():
+            values.append(row.get(name))
+    try:
+        return Dataset.from_dict(table)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"{paths[0]}: an extra column holds values of more than one type ({error})") from error
+
+
+def _rows(paths: tuple[Path, ...], columns: tuple[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield checked rows `{"source": str, "target": str, ...}` of one file of pairs or of two parallel text files."""
+    if len(paths) == 2:
+        rows = _parallel_rows(*paths)
+    else:
+        rows = _formats(paths[0])(paths[0], columns)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise ValueError(f"{paths[0]}: the file holds no pairs")
+
+
+def _formats(path: Path):
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".jsonl"):
+        return _jsonl_rows
+    if name.endswith(".tsv"):
+        return _tsv_rows
+    raise ValueError(
+        f"{path}: pairs are read from .jsonl, .tsv (both also .gz), a folder of a saved dataset, "
+        "or two parallel text files given as [source, target]"
+    )
+
+
+def _jsonl_rows(path: Path, columns: tuple[str, str]) -> Iterator[dict[str, Any]]:
+    with _open(path) as handle:
+        for number, line in _numbered_lines(handle, path):
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                problem = f"{error.msg} at character {error.pos + 1}" if line.strip() else "the line is empty"
+                raise ValueError(f"{where}: not a JSON object: {problem}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: not a JSON object: the line holds a {type(row).__name__}")
+            if "\\ud" in line.lower():
+                _refuse_lone_surrogates(row, where)
+            yield _named_pair(row, columns, where)
+
+
+def _tsv_rows(path: Path, columns: tuple[str, str]) -> Iterator[dict[str, Any]]:
+    names = list(columns)
+    with _open(path) as handle:
+        for number, line in _numbered_lines(handle, path):
+            cells = line.split("\t")
+            if number == 1 and set(columns) <= set(cells):
+                names = cells
+                continue
+            if len(cells) != len(names):
+                raise ValueError(
+                    f"{path}:{number}: {len(cells)} tab-separated column{'s' * (len(cells) != 1)} "
+                    f"where {len(names)} are expected ({', '.join(names)})"
+                )
+            yield _named_pair(dict(zip(names, cells, strict=True)), columns, f"{path}:{number}")
+
+
+def _parallel_rows(source_path: Path, target_path: Path) -> Iterator[dict[str, Any]]:
+    with _open(source_path) as source_file, _open(target_path) as target_file:
+        sources = _numbered_lines(source_file, source_path)
+        targets = _numbered_lines(target_file, target_path)
+        for number, (source, target) in enumerate(zip_longest(sources, targets), start=1):
+            if source is None or target is None:
+                shorter, longer = (source_path, target_path) if source is None else (target_path, source_path)
+                raise ValueError(
+                    f"{shorter} ends after line {number - 1} but {longer} goes on at line {number}: "
+                    "parallel files need as many lines"
+                )
+            yield {"source": source[1], "target": target[1]}
+
+
+def _pairs_of_folder(path: Path, columns: tuple[str, str], streaming: bool) -> Pairs:
+    try:
+        dataset = load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: the folder holds no dataset written by Dataset.save_to_disk") from error
+    if isinstance(dataset, DatasetDict):
+        splits = ", ".join(str(path / split) for split in dataset)
+        raise ValueError(f"{path}: the folder holds several splits, name one of them: {splits}")
+    return _pairs_of_dataset(dataset, str(path), columns, streaming)
+
+
+def _pairs_of_dataset(dataset: Pairs, where: str, columns: tuple[str, str], streaming: bool) -> Pairs:
+    names = dataset.column_names
+    if names is not None:
+        for column in columns:
+            if column.split(".")[0] not in names:
+                raise ValueError(f"{where} has no column {column!r} (it has {', '.join(names)})")
+    if columns != ("source", "target"):
+        used = {column.split(".")[0] for column in columns}
+        dataset = dataset.map(
+            lambda row, index: _named_pair(row, columns, f"{where}, row {index + 1}"),
+            with_indices=True,
+            remove_columns=sorted(used) if names is not None else None,
+        )
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(
+            lambda row, index: _named_pair(row, ("source", "target"), f"{where}, row {index + 1}"), with_indices=True
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{where} holds no pairs")
+    for column in ("source", "target"):
+        field = dataset.features[column]
+        if not isinstance(field, Value) or field.dtype not in ("string", "large_string"):
+            raise ValueError(f"{where}: the column {column!r} holds {field} instead of strings")
+        values = dataset.data.column(column)
+        if values.null_count:
+            row = next(index for index, value in enumerate(dataset[column]) if value is None)
+            raise ValueError(f"{where}, row {row + 1}: the value of {column!r} is missing")
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def _named_pair(row: dict[str, Any], columns: tuple[str, str], where: str) -> dict[str, Any]:
+    """Rename the two columns to `source` and `target`, in front of all others, and check that they are strings."""
+    pair = {}
+    for name, column in zip(("source", "target"), columns, strict=True):
+        value: Any = row
+        for part in column.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise ValueError(f"{where}: no key {column!r} (the row has {', '.join(map(str, row))})")
+            value = value[part]
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: the value of {column!r} is a {type(value).__name__} instead of a string")
+        pair[name] = value
+    used = {column.split(".")[0] for column in columns}
+    return pair | {name: value for name, value in row.items() if name not in used | {"source", "target"}}
+
+
+def _refuse_lone_surrogates(row: dict[str, Any], where: str) -> None:
+    for name, value in row.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: the value of {name!r} holds half of a surrogate pair, no text") from error
+
+
+def _numbered_lines(handle: IO[bytes], name: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield `(line number, text)`. Only a line feed (or CR LF) ends a line; other separators stay in the text."""
+    number = 0
+    try:
+        for number, raw in enumerate(handle, start=1):
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{name}:{number}: not UTF-8 (byte {error.start + 1} of the line is 0x{raw[error.start]:02x})"
+                ) from error
+            yield number, text.removesuffix("\n").removesuffix("\r")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{name}:{number + 1}: the gzip file is damaged or cut short ({error})") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+
+
+def _existing(path: Path) -> Path:
+    if path.exists():
+        return path
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path} does not exist: there is no folder {folder}")
+    similar = get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(str(folder / name) for name in similar)}?" if similar else ""
+    raise FileNotFoundError(f"{path} does not exist in {folder.resolve()}{hint}")
+
+
+def _embedded_path(spec: str) -> Path:
+    path = EMBEDDED_DIR / f"{spec.removeprefix(EMBEDDED_PREFIX)}.jsonl.gz"
+    available = embedded_names()
+    if spec not in available:
+        raise ValueError(f"{spec!r} is not in the package; it has {', '.join(available)}")
+    return path
+
+
+def embedded_names() -> list[str]:
+    """Names of the data that ships in the package, as `read_pairs` takes them."""
+    files: Iterable[Path] = sorted(EMBEDDED_DIR.glob("*/*.jsonl.gz"))
+    return [f"{EMBEDDED_PREFIX}{file.parent.name}/{file.name.removesuffix('.jsonl.gz')}" for file in files]

@@ -1,0 +1,205 @@
+"""Tokenizers trained on the data at hand, which `AutoTokenizer` (or `AutoProcessor`) loads without this package.
+
+Special tokens have the same ids everywhere: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3. Padding is not 0, because the
+stock beam search mishandles that. An encoded text is its tokens and `</s>`, for sources and targets alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
+
+from dragoman.data.reading import Pairs
+from dragoman.models.processing_dragoman import DragomanProcessor
+
+logger = logging.getLogger(__name__)
+
+BOS, PAD, EOS, UNK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
+BYTES = 256
+# Splits "<s>" and the like behind the "<": their spellings are entries of the vocabulary, which a text must not reach.
+SPELLED_OUT = pre_tokenizers.Split(Regex(r"<(?=(?:s|pad|/s|unk)>)"), behavior="isolated")
+
+ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
+
+
+def train_tokenizer(
+    texts: Iterable[str], kind: str = "bpe", vocab_size: int = 8000, extra_special_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer. The same texts in the same order give the same tokenizer.
+
+    Args:
+        texts: sentences.
+        kind: one of
+            - `"bpe"`: byte-level byte-pair encoding (Sennrich 2016; bytes as in GPT-2): any text, nothing is unknown,
+              decodes to exactly what was encoded;
+            - `"unigram"`: Unigram language model (Kudo 2018) with `▁` for a space: unseen characters become `<unk>`;
+            - `"word"`: what stands between white space (phonemes, or text that is tokenized already): unseen words
+              become `<unk>`;
+            - `"char"`: characters, decodes to exactly what was encoded as long as the characters were seen.
+        vocab_size: wanted number of ids, special tokens included. Texts that cannot fill it give a smaller vocabulary,
+            with a warning for the two kinds that learn pieces; for `word` and `char` it is only an upper limit: the
+            most frequent entries stay.
+        extra_special_tokens: further reserved tokens with the ids from 4 on, for example language codes `>>it<<`.
+            Where there are none, `<s>` and the like in a text are read as ordinary text. Where there are some, a text
+            is searched for special tokens, so that `">>it<< hello"` begins with the code.
+
+    Returns:
+        A tokenizer with `len(tokenizer)` ids.
+
+    Raises:
+        ValueError: unknown kind, a vocabulary too small for its kind, a repeated special token, or no text.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"the kind of tokenizer is {kind!r}; it can be {', '.join(KINDS)}")
+    reserved = [*SPECIAL_TOKENS, *extra_special_tokens]
+    if len(set(reserved)) != len(reserved):
+        raise ValueError(f"special tokens must differ from each other and from {', '.join(SPECIAL_TOKENS)}: {reserved}")
+    minimum = len(reserved) + (BYTES if kind == "bpe" else 1)
+    if vocab_size < minimum:
+        reason = f" and the {BYTES} bytes" if kind == "bpe" else " and one entry"
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but a {kind} tokenizer needs at least {minimum}: "
+            f"{len(reserved)} special tokens{reason}"
+        )
+    backend, trainer = KINDS[kind](vocab_size, reserved)
+    try:
+        backend.train_from_iterator(_refuse_emptiness(texts), trainer)
+    except Exception as error:
+        if kind == "unigram" and "vocabulary" in str(error).lower():
+            raise ValueError(f"vocab_size {vocab_size} is too small for a unigram tokenizer here: {error}") from error
+        raise
+    size = backend.get_vocab_size()
+    if size < vocab_size and kind in ("bpe", "unigram"):
+        logger.warning("the texts yield a %s vocabulary of only %d of the %d tokens asked for", kind, size, vocab_size)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, SPECIAL_TOKENS.index(EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        extra_special_tokens=list(extra_special_tokens),
+        split_special_tokens=not extra_special_tokens,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="right",
+    )
+
+
+def build_tokenizer(
+    dataset: Pairs,
+    *,
+    kind: str = "bpe",
+    vocab_size: int = 8000,
+    joint: bool = True,
+    target_kind: str | None = None,
+    target_vocab_size: int | None = None,
+    extra_special_tokens: Sequence[str] = (),
+) -> PreTrainedTokenizerFast | DragomanProcessor:
+    """Train the tokenizer(s) of a set of pairs, as `read_pairs` gives them. A stream is read once per tokenizer.
+
+    Args:
+        joint: one vocabulary for both sides, trained on sources and targets; else a `DragomanProcessor` of two.
+        target_kind, target_vocab_size: where the target's differ from `kind` and `vocab_size`; only with `joint=False`.
+
+    Raises:
+        ValueError: as `train_tokenizer`, or target settings with a joint vocabulary.
+    """
+    if joint:
+        if target_kind is not None or target_vocab_size is not None:
+            raise ValueError("a joint vocabulary has no target_kind or target_vocab_size; they are for joint=False")
+        return train_tokenizer(_column_texts(dataset, "source", "target"), kind, vocab_size, extra_special_tokens)
+    return DragomanProcessor(
+        train_tokenizer(_column_texts(dataset, "source"), kind, vocab_size, extra_special_tokens),
+        train_tokenizer(
+            _column_texts(dataset, "target"), target_kind or kind, target_vocab_size or vocab_size, extra_special_tokens
+        ),
+    )
+
+
+def load_tokenizer(folder: str | Path) -> ProcessingClass:
+    """Load what a checkpoint was trained with: a tokenizer, or a `DragomanProcessor` when it has two vocabularies.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer in the folder.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer_config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer_config.json is missing)")
+    if (folder / "target_tokenizer").is_dir():
+        return DragomanProcessor.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def source_and_target_tokenizer(
+    processing_class: ProcessingClass,
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The tokenizers of the two sides: those of a processor, or twice the same."""
+    if isinstance(processing_class, ProcessorMixin):
+        processor = cast(DragomanProcessor, processing_class)
+        return processor.tokenizer, processor.target_tokenizer
+    return processing_class, processing_class
+
+
+def _byte_level_bpe(vocab_size: int, reserved: list[str]) -> tuple[Tokenizer, trainers.Trainer]:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend, trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=reserved,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+
+
+def _unigram(vocab_size: int, reserved: list[str]) -> tuple[Tokenizer, trainers.Trainer]:
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), SPELLED_OUT])
+    backend.decoder = decoders.Metaspace()
+    return backend, trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=reserved, unk_token=UNK, show_progress=False
+    )
+
+
+def _word(vocab_size: int, reserved: list[str]) -> tuple[Tokenizer, trainers.Trainer]:
+    backend = Tokenizer(models.WordLevel(unk_token=UNK))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), SPELLED_OUT])
+    return backend, trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=reserved, show_progress=False)
+
+
+def _char(vocab_size: int, reserved: list[str]) -> tuple[Tokenizer, trainers.Trainer]:
+    backend = Tokenizer(models.WordLevel(unk_token=UNK))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return backend, trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=reserved, show_progress=False)
+
+
+KINDS: dict[str, Callable[[int, list[str]], tuple[Tokenizer, trainers.Trainer]]] = {
+    "bpe": _byte_level_bpe,
+    "unigram": _unigram,
+    "word": _word,
+    "char": _char,
+}
+
+
+def _column_texts(dataset: Pairs, *columns: str) -> Iterator[str]:
+    for batch in dataset.iter(batch_size=1000):
+        for column in columns:
+            yield from batch[column]
+
+
+def _refuse_emptiness(texts: Iterable[str]) -> Iterator[str]:
+    empty = True
+    for text in texts:
+        empty = empty and not text.strip()
+        yield text
+    if empty:
+        raise ValueError("there is no text to train a tokenizer on")
