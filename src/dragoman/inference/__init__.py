@@ -1,1 +1,14 @@
 """Sentences to sentences."""
+
+from dragoman.inference.strategies import STRATEGIES, strategy_arguments
+from dragoman.inference.translate import Hypothesis, compare_strategies, load, translate, translate_stream
+
+__all__ = [
+    "STRATEGIES",
+    "Hypothesis",
+    "compare_strategies",
+    "load",
+    "strategy_arguments",
+    "translate",
+    "translate_stream",
+]

@@ -1,0 +1,349 @@
+"""Sentences to sentences: load a trained model, decode in batches of similar length, give the results in order."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin, PreTrainedModel
+
+from dragoman.data.batching import map_in_batches
+from dragoman.data.tokenizers import ProcessingClass, load_tokenizer, source_and_target_tokenizer
+from dragoman.inference.strategies import STRATEGIES, nearest, strategy_arguments
+
+# Rows of a batch that are scored at once times target length times vocabulary: 256 MB of logits in single precision.
+_LOGITS_AT_ONCE = 2**26
+
+
+@dataclass
+class Hypothesis:
+    """One output for one input sentence.
+
+    Attributes:
+        text: the output without special tokens; "" for an empty input.
+        score: what beam search ranks by, for every strategy: `log_probability / length ** length_penalty`, length being
+            the number of generated tokens, `</s>` among them. With the usual length penalty 1 it is the mean
+            log-probability of a token. None if scores were not asked for; 0.0 for an empty input.
+        log_probability: natural logarithm of the model's probability of the whole output given the input: the sum over
+            its tokens, `</s>` among them, before any temperature, truncation or penalty of the decoding.
+        token_ids: the generated ids without the start token, up to and with `</s>`.
+    """
+
+    text: str
+    score: float | None
+    log_probability: float | None
+    token_ids: list[int]
+
+
+def load(
+    model: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> tuple[PreTrainedModel, ProcessingClass]:
+    """Load a model and its tokenizer, or its processor if it has two vocabularies, ready to decode.
+
+    Args:
+        model: folder of a saved model, or its name on the Hub (from the local cache when offline).
+        device: "cpu", "cuda", "cuda:1", ...; None takes a GPU if there is one.
+        dtype: "float32", "bfloat16", ...; None keeps what was saved.
+
+    Raises:
+        FileNotFoundError: no such folder or model, or the folder lacks the config, the weights or the tokenizer.
+        ValueError: the model is no encoder-decoder; the device or dtype does not exist.
+    """
+    target = _device(device)
+    if isinstance(dtype, str):
+        if not isinstance(torch.__dict__.get(dtype), torch.dtype):
+            raise ValueError(f"dtype {dtype!r} is unknown: use float32, bfloat16 or float16.")
+        dtype = torch.__dict__[dtype]
+    folder = _folder(model)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model (config.json is missing).")
+    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        raise FileNotFoundError(f"{folder} holds no weights (model.safetensors is missing).")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not config.is_encoder_decoder:
+        raise ValueError(f"{folder} holds a model of type {config.model_type!r}, which is no encoder-decoder.")
+    processing_class = load_tokenizer(folder)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=False, dtype=dtype or "auto")
+    return loaded.to(target).eval(), processing_class
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from error
+
+
+def _folder(model: str | Path) -> Path:
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"{folder} is a file: give the folder of a saved model.")
+    name = str(model)
+    if isinstance(model, Path) or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{folder} does not exist: give the folder of a saved model, or its name on the Hub.")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is no folder here and no model that the Hub or the local cache gives ({type(error).__name__})."
+        ) from error
+
+
+def translate(
+    model: PreTrainedModel,
+    processing_class: ProcessingClass,
+    sentences: Sequence[str],
+    *,
+    batch_size: int = 32,
+    num_return_sequences: int = 1,
+    scores: bool = True,
+    progress: bool = False,
+    **generation_arguments: Any,
+) -> list[list[Hypothesis]]:
+    """Translate sentences.
+
+    Args:
+        model, processing_class: as `load` gives them.
+        sentences: the inputs; one that is empty or only spaces gives empty outputs.
+        batch_size: sentences decoded together; they are sorted by length first.
+        num_return_sequences: outputs per sentence, the best first; more than one needs beams or sampling.
+        scores: compute `score` and `log_probability`, by one more pass over each output.
+        progress: show a bar on standard error.
+        **generation_arguments: settings of `model.generate`: `num_beams=4`, `do_sample=True`, `penalty_alpha=0.6`, ...
+            What is left out comes from the model's own generation config.
+
+    Returns:
+        `num_return_sequences` hypotheses per sentence, in the order of the sentences.
+
+    Raises:
+        ValueError: unknown argument of `generate`; something that is no string; a source longer than the model's
+            learned positions; a tokenizer whose ids the model does not have.
+    """
+    return list(
+        translate_stream(
+            model,
+            processing_class,
+            sentences,
+            window=max(len(sentences), 1),
+            batch_size=batch_size,
+            num_return_sequences=num_return_sequences,
+            scores=scores,
+            progress=progress,
+            **generation_arguments,
+        )
+    )
+
+
+def translate_stream(
+    model: PreTrainedModel,
+    processing_class: ProcessingClass,
+    sentences: Iterable[str],
+    *,
+    window: int = 2048,
+    batch_size: int = 32,
+    num_return_sequences: int = 1,
+    scores: bool = True,
+    progress: bool = False,
+    **generation_arguments: Any,
+) -> Iterator[list[Hypothesis]]:
+    """Translate a stream of any length, in order, holding one window of it in memory.
+
+    Args:
+        window: sentences read ahead and sorted by length together; with 1 each is answered before the next is read.
+
+    The other arguments, what is yielded and what is raised are those of `translate`; arguments are checked at once, the
+    sentences as they come.
+    """
+    check_generation_arguments(model, generation_arguments)
+    source_tokenizer, target_tokenizer = source_and_target_tokenizer(processing_class)
+    # generate() lets max_new_tokens win over max_length wherever the two come from; here the call's own one wins.
+    if "max_new_tokens" in generation_arguments:
+        generation_arguments.setdefault("max_length", None)
+    elif "max_length" in generation_arguments:
+        generation_arguments["max_new_tokens"] = None
+    if generation_arguments.get("stop_strings") is not None:
+        generation_arguments.setdefault("tokenizer", target_tokenizer)
+    bar = Progress(
+        TextColumn("translating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=not progress,
+    )
+    task = bar.add_task("", total=len(sentences) if isinstance(sentences, Sequence) else None)
+
+    def decode(batch: list[list[int]]) -> list[list[Hypothesis]]:
+        sources = [ids for ids in batch if ids]
+        outputs = iter(
+            _decode_batch(
+                model, source_tokenizer, target_tokenizer, sources, num_return_sequences, scores, generation_arguments
+            )
+            if sources
+            else []
+        )
+        bar.advance(task, len(batch))
+        return [next(outputs) if ids else _empty(num_return_sequences, scores) for ids in batch]
+
+    def run() -> Iterator[list[Hypothesis]]:
+        with bar:
+            encoded = _encode(model, source_tokenizer, sentences, window)
+            yield from map_in_batches(encoded, decode, length=len, batch_size=batch_size, window=window)
+
+    return run()
+
+
+def compare_strategies(
+    model: PreTrainedModel,
+    processing_class: ProcessingClass,
+    sentences: Sequence[str],
+    strategies: Sequence[str] = tuple(STRATEGIES),
+    **arguments: Any,
+) -> dict[str, list[Hypothesis]]:
+    """The best hypothesis of each sentence under each strategy, named as in `strategies.strategy_arguments`.
+
+    Further arguments go to `translate` and apply to every strategy.
+    """
+    table = {strategy: strategy_arguments(strategy) for strategy in strategies}
+    for settings in table.values():
+        check_generation_arguments(model, settings)
+    return {
+        strategy: [best for best, *_ in translate(model, processing_class, sentences, **(arguments | settings))]
+        for strategy, settings in table.items()
+    }
+
+
+def check_generation_arguments(model: PreTrainedModel, arguments: Iterable[str]) -> None:
+    """Raise a ValueError, with the nearest valid name, for an argument that `translate` cannot pass to `generate`."""
+    valid = {name for name in GenerationConfig().to_dict() if not name.startswith(("_", "output_"))}
+    valid |= inspect.signature(GenerationMixin.generate).parameters.keys() | {"tokenizer", "assistant_tokenizer"}
+    # What is set here, once for all, and outputs that would be thrown away.
+    valid -= {"self", "inputs", "kwargs", "generation_config", "num_return_sequences", "return_dict_in_generate"}
+    valid -= {"transformers_version"}
+    for name in arguments:
+        if name not in valid:
+            raise ValueError(f"there is no generation argument {name!r}: {nearest(name, sorted(valid))}")
+
+
+def _encode(model: Any, tokenizer, sentences: Iterable[str], window: int) -> Iterator[list[int]]:
+    """Source ids of each sentence, [] for an empty one; reads exactly one window ahead."""
+    settings = model.config.to_dict()
+    limit = settings.get("max_position_embeddings")
+    if settings.get("position_embedding_type", "learned") != "learned":
+        limit = None  # the other types count on without end
+    vocab_size = model.get_encoder().get_input_embeddings().num_embeddings
+    stream, line = iter(sentences), 0
+    while chunk := list(islice(stream, window)):
+        for number, sentence in enumerate(chunk, start=line + 1):
+            if not isinstance(sentence, str):
+                raise ValueError(f"line {number} is {sentence!r}: each has to be a string.")
+        for sentence, ids in zip(chunk, tokenizer(chunk).input_ids, strict=True):
+            line += 1
+            if not sentence.strip():
+                ids = []
+            where = f"line {line} ({sentence[:30] + '…' if len(sentence) > 30 else sentence!r})"
+            if limit is not None and len(ids) > limit:
+                raise ValueError(
+                    f"{where} has {len(ids)} tokens, but the model has learned positions for {limit}: "
+                    "split it into shorter ones."
+                )
+            if ids and max(ids) >= vocab_size:
+                raise ValueError(
+                    f"{where} has the token id {max(ids)}, but the model's source vocabulary has the ids 0 to "
+                    f"{vocab_size - 1}: the tokenizer does not belong to this model."
+                )
+            yield ids
+
+
+def _empty(count: int, scores: bool) -> list[Hypothesis]:
+    zero = 0.0 if scores else None
+    return [Hypothesis("", zero, zero, []) for _ in range(count)]
+
+
+@torch.no_grad()
+def _decode_batch(
+    model: Any,
+    source_tokenizer,
+    target_tokenizer,
+    sources: list[list[int]],
+    num_return_sequences: int,
+    scores: bool,
+    generation_arguments: dict[str, Any],
+) -> list[list[Hypothesis]]:
+    """Source ids of B sentences -> n hypotheses each."""
+    batch = source_tokenizer.pad({"input_ids": sources}, return_tensors="pt").to(model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        sequences = model.generate(  # (B * n, 1 + T), the start token first
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            num_return_sequences=num_return_sequences,
+            **generation_arguments,
+        )
+        settings = model.generation_config.to_dict()
+        settings |= {name: value for name, value in generation_arguments.items() if value is not None}
+        lengths = _lengths(sequences[:, 1:], settings["eos_token_id"], settings["pad_token_id"])
+        log_probabilities: list[Any] = [None] * len(sequences)
+        if scores:
+            inputs = {name: batch[name].repeat_interleave(num_return_sequences, 0) for name in batch}
+            log_probabilities = _log_probabilities(model, inputs, sequences, lengths).tolist()
+    finally:
+        model.train(was_training)
+    penalty = settings["length_penalty"]
+    if penalty is None:
+        penalty = 1.0  # the default of generate()
+    rows = [row[1 : 1 + length] for row, length in zip(sequences.tolist(), lengths.tolist(), strict=True)]
+    texts = target_tokenizer.batch_decode(rows, skip_special_tokens=True)
+    hypotheses = [
+        Hypothesis(text, None if total is None else total / max(len(ids), 1) ** penalty, total, ids)
+        for text, total, ids in zip(texts, log_probabilities, rows, strict=True)
+    ]
+    return [
+        hypotheses[start : start + num_return_sequences] for start in range(0, len(hypotheses), num_return_sequences)
+    ]
+
+
+def _lengths(generated: torch.Tensor, eos: int | list[int], pad: int) -> torch.Tensor:
+    """Generated ids (B, T) -> (B,): how many count, up to and with the first `</s>`, or without padding at the end."""
+    ends = torch.isin(generated, torch.tensor(eos, device=generated.device))
+    positions = torch.arange(1, generated.shape[1] + 1, device=generated.device)
+    unpadded = ((generated != pad) * positions).amax(dim=1)
+    return torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, unpadded)
+
+
+def _log_probabilities(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], sequences: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Sources (B, S), sequences (B, 1 + T) -> (B,): log-probabilities of the first `lengths` (B,) tokens, summed.
+
+    One teacher-forced pass. Asking `generate` for its scores instead would keep the logits of all steps and beams, and
+    those of sampling are already filtered.
+    """
+    steps = sequences.shape[1] - 1
+    rows_at_once = max(1, _LOGITS_AT_ONCE // (steps * model.config.vocab_size))
+    sums = []
+    for start in range(0, len(sequences), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        logits = model(
+            **{name: value[rows] for name, value in inputs.items()},
+            decoder_input_ids=sequences[rows, :-1],
+            use_cache=False,
+        ).logits
+        token_losses = torch.nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), sequences[rows, 1:], reduction="none"
+        )
+        counted = torch.arange(steps, device=sequences.device) < lengths[rows, None]
+        sums.append(-(token_losses * counted).sum(dim=1))
+    return torch.cat(sums)
