@@ -1,0 +1,85 @@
+"""Who may attend to whom: padding, look-ahead and cross masks, as the chosen attention implementation reads them."""
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+
+
+# Shapes: B sources, g target rows per source, T target length of this call, S source length, D model width.
+# A mask comes from the user as (B, S) or (B, T), true where there is a token, or as a finished 4-D mask: boolean (true
+# where attention is allowed) or additive. Every 4-D mask is made additive with the lowest finite number, so that a row
+# that may look nowhere stays finite.
+
+
+def encoder_self_mask(config: PreTrainedConfig, embeds, attention_mask, segment_ids):
+    """Every source position sees the real source positions; in packed rows, those of its own segment."""
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return _additive(config, attention_mask, embeds.dtype)
+    same = None if segment_ids is None else _same_segment(segment_ids, segment_ids)
+    return create_bidirectional_mask(config, embeds, attention_mask, and_mask_function=same)
+
+
+def decoder_self_mask(
+    config: PreTrainedConfig, embeds, attention_mask, past_key_values: EncoderDecoderCache | None, segment_ids
+):
+    """Every target position sees itself and the real ones before it; in packed rows, those of its own segment."""
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return _additive(config, attention_mask, embeds.dtype)
+    cache = None if past_key_values is None else past_key_values.self_attention_cache
+    same = None if segment_ids is None else _same_segment(segment_ids, segment_ids)
+    return create_causal_mask(config, embeds, attention_mask, cache, and_mask_function=same)
+
+
+def cross_mask(
+    config: PreTrainedConfig,
+    embeds: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cross_attention_mask: torch.Tensor | None,
+    past_length,
+    segment_ids: torch.Tensor | None,
+    encoder_segment_ids: torch.Tensor | None,
+):
+    """
+    Every target position sees the real source positions; with `attention_direction="unidirectional"` only those up to
+    its own number. The g rows of a source are laid one after another: (B, 1, g * T, S).
+
+    A 4-D source mask without a 4-D cross mask hides from the target what it hides from every source position.
+    """
+    sources, length = encoder_hidden_states.shape[0], embeds.shape[1]
+    folded = embeds.reshape(sources, -1, embeds.shape[-1])  # (B, g * T, D)
+    if cross_attention_mask is not None:
+        mask = _additive(config, cross_attention_mask, embeds.dtype)
+        if mask.shape[0] == sources:
+            return mask if mask.shape[2] == 1 else mask.repeat(1, 1, folded.shape[1] // length, 1)
+        return mask.unflatten(0, (sources, -1)).transpose(1, 2).flatten(2, 3)
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return _additive(config, attention_mask, embeds.dtype).amax(dim=2, keepdim=True)
+
+    conditions = []
+    if config.attention_direction == "unidirectional":
+        conditions.append(lambda b, h, q, s: s <= past_length + q % length)
+    if segment_ids is not None:
+        if encoder_segment_ids is None:
+            raise ValueError("decoder_segment_ids are given without segment_ids: packed targets need packed sources.")
+        conditions.append(_same_segment(segment_ids, encoder_segment_ids))
+    allowed = None if not conditions else lambda *at: torch.stack([condition(*at) for condition in conditions]).all(0)
+    return create_bidirectional_mask(
+        config, folded, attention_mask, encoder_hidden_states=encoder_hidden_states, and_mask_function=allowed
+    )
+
+
+def _same_segment(query_segments: torch.Tensor, key_segments: torch.Tensor):
+    return lambda b, h, q, k: query_segments[b, q] == key_segments[b, k]
+
+
+def _additive(config: PreTrainedConfig, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if config._attn_implementation not in ("eager", "sdpa"):
+        raise ValueError(
+            f"4-D attention masks need attn_implementation 'eager' or 'sdpa', not {config._attn_implementation!r}."
+        )
+    lowest = torch.finfo(dtype).min
+    if mask.is_floating_point():
+        return mask.to(dtype).clamp(min=lowest)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask.bool(), lowest)

@@ -1,0 +1,629 @@
+"""
+The Transformer family: a bidirectional encoder, a causal decoder with cross-attention, and a language-model head.
+
+Reads top-down: norms and MLPs, residual connections, layers, stacks, models. Attention, positions and masks have files
+of their own beside this one.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import DragomanCrossAttention, DragomanSelfAttention
+from .configuration_dragoman import DragomanConfig
+from .generation import DragomanGenerationMixin
+from .loss import next_token_loss
+from .masks import cross_mask, decoder_self_mask, encoder_self_mask
+from .positions import DragomanRotaryEmbedding, LearnedPositions, RelativePositionBias, SinusoidalPositions
+
+
+# Shapes: B sources, g target rows per source (beams), S source length, T target length, D model width, V vocabulary.
+
+
+def make_norm(config: DragomanConfig) -> nn.Module:
+    return {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[config.norm_type](config.d_model, eps=config.norm_eps)
+
+
+class DragomanMLP(nn.Module):
+    """down(act(up(x))): the feed-forward sublayer of Vaswani 2017, equation 2."""
+
+    def __init__(self, config: DragomanConfig, ffn_dim: int):
+        super().__init__()
+        self.up_proj = nn.Linear(config.d_model, ffn_dim, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(ffn_dim, config.d_model, bias=config.mlp_bias)
+        self.activation = ACT2FN[config.activation_function]
+        self.dropout = nn.Dropout(config.activation_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states))))
+
+
+class DragomanGatedMLP(DragomanMLP):
+    """down(act(gate(x)) * up(x)): Shazeer 2020, equation 6."""
+
+    def __init__(self, config: DragomanConfig, ffn_dim: int):
+        super().__init__(config, ffn_dim)
+        self.gate_proj = nn.Linear(config.d_model, ffn_dim, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate = self.activation(self.gate_proj(hidden_states))
+        return self.down_proj(self.dropout(gate * self.up_proj(hidden_states)))
+
+
+def make_mlp(config: DragomanConfig, ffn_dim: int) -> DragomanMLP:
+    return (DragomanGatedMLP if config.gated_mlp else DragomanMLP)(config, ffn_dim)
+
+
+def pre_norm(hidden_states, norm, dropout, sublayer):
+    """x + Dropout(Sublayer(Norm(x))) (Xiong 2020)"""
+    return hidden_states + dropout(sublayer(norm(hidden_states)))
+
+
+def post_norm(hidden_states, norm, dropout, sublayer):
+    """Norm(x + Dropout(Sublayer(x))) (Vaswani 2017, section 3.1)"""
+    return norm(hidden_states + dropout(sublayer(hidden_states)))
+
+
+RESIDUALS = {"pre": pre_norm, "post": post_norm}
+
+
+class DragomanEncoderLayer(GradientCheckpointingLayer):
+    """Self-attention over the whole source, then an MLP."""
+
+    def __init__(self, config: DragomanConfig, layer_idx: int):
+        super().__init__()
+        self.residual = RESIDUALS[config.norm_position]
+        self.dropout = nn.Dropout(config.dropout)
+        self.self_attn = DragomanSelfAttention(config, "encoder", layer_idx, is_causal=False)
+        self.self_attn_norm = make_norm(config)
+        self.mlp = make_mlp(config, config.encoder_ffn_dim)
+        self.mlp_norm = make_norm(config)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask, rotary_angles=None, **kwargs) -> torch.Tensor:
+        """(B, S, D) -> (B, S, D)"""
+
+        def attend(x):
+            return self.self_attn(x, attention_mask, rotary_angles, **kwargs)[0]
+
+        hidden_states = self.residual(hidden_states, self.self_attn_norm, self.dropout, attend)
+        return self.residual(hidden_states, self.mlp_norm, self.dropout, self.mlp)
+
+
+class DragomanDecoderLayer(GradientCheckpointingLayer):
+    """Self-attention over the target so far, cross-attention to the source, then an MLP."""
+
+    def __init__(self, config: DragomanConfig, layer_idx: int):
+        super().__init__()
+        self.residual = RESIDUALS[config.norm_position]
+        self.dropout = nn.Dropout(config.dropout)
+        self.self_attn = DragomanSelfAttention(config, "decoder", layer_idx, is_causal=True)
+        self.self_attn_norm = make_norm(config)
+        self.cross_attn = DragomanCrossAttention(config, layer_idx)
+        self.cross_attn_norm = make_norm(config)
+        self.mlp = make_mlp(config, config.decoder_ffn_dim)
+        self.mlp_norm = make_norm(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor,  # positional, or gradient checkpointing would not track it
+        cross_attention_mask: torch.Tensor | None = None,
+        rotary_angles=None,
+        position_bias: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """(B * g, T, D), source (B, S, D) -> (B * g, T, D)"""
+
+        def attend_to_target(x):
+            return self.self_attn(
+                x, attention_mask, rotary_angles, past_key_values, position_bias=position_bias, **kwargs
+            )[0]
+
+        def attend_to_source(x):
+            return self.cross_attn(x, cross_attention_mask, encoder_hidden_states, past_key_values, **kwargs)[0]
+
+        hidden_states = self.residual(hidden_states, self.self_attn_norm, self.dropout, attend_to_target)
+        hidden_states = self.residual(hidden_states, self.cross_attn_norm, self.dropout, attend_to_source)
+        return self.residual(hidden_states, self.mlp_norm, self.dropout, self.mlp)
+
+
+class DragomanScaledEmbedding(nn.Embedding):
+    """An embedding times sqrt(D) (Vaswani 2017, section 3.4)."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids) * self.embedding_dim**0.5
+
+
+class DragomanPreTrainedModel(PreTrainedModel):
+    """What all models of the family tell Transformers about themselves."""
+
+    config: DragomanConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DragomanEncoderLayer", "DragomanDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # Padded cross-attention through flash kernels has not been verified on a GPU; sdpa reaches the same kernels.
+    _supports_flash_attn = False
+    _can_compile_fullgraph = True
+    # Its sharding shifts labels and wants causal masks everywhere.
+    _supports_context_parallel = False
+
+    def _init_weights(self, module: nn.Module):
+        """Weights with a standard deviation of fan_in ** -0.5, or of `init_std`; embeddings of d_model ** -0.5."""
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=self.config.init_std or module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.init_std or self.config.d_model**-0.5)
+        else:
+            super()._init_weights(module)
+
+
+class DragomanStack(DragomanPreTrainedModel):
+    """Embeddings, layers and final norm: what the encoder and the decoder have in common."""
+
+    _tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    def __init__(self, config: DragomanConfig, side: str, vocab_size: int, layers: Iterable[nn.Module]):
+        super().__init__(config)
+        embedding = DragomanScaledEmbedding if config.scale_embedding else nn.Embedding
+        self.embed_tokens = embedding(vocab_size, config.d_model)
+        self.embed_positions = {
+            "sinusoidal": lambda: SinusoidalPositions(config.d_model, config.sinusoid_layout),
+            "learned": lambda: LearnedPositions(config.max_position_embeddings, config.d_model),
+        }.get(config.position_embedding_type, lambda: None)()
+        self.rotary = None
+        if config.position_embedding_type == "rotary":
+            self.rotary = DragomanRotaryEmbedding(config.get_text_config(**{side: True}))
+        self.relative_bias = None
+        if config.position_embedding_type == "relative":
+            self.relative_bias = RelativePositionBias(
+                getattr(config, f"{side}_attention_heads"),
+                config.relative_num_buckets,
+                config.relative_max_distance,
+                bidirectional=side == "encoder",
+            )
+        self.embedding_norm = make_norm(config) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(layers)
+        self.norm = make_norm(config) if config.final_norm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def embed(self, input_ids, inputs_embeds) -> torch.Tensor:
+        """(B, T) ids, or their embeddings -> (B, T, D)"""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(f"{type(self).__name__} needs either token ids or embeddings, and not both.")
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def positions(self, embeds, position_ids, attention_mask, segment_ids, past_length=0) -> torch.Tensor:
+        """Positions (B or 1, T): given, or counted over real tokens, so that padding on either side changes nothing."""
+        length = embeds.shape[1]
+        if isinstance(self.embed_positions, LearnedPositions) and isinstance(past_length, int):
+            limit = self.config.max_position_embeddings
+            if past_length + length > limit:
+                raise ValueError(
+                    f"{type(self).__name__} got a sequence of {past_length + length} tokens, but it has learned "
+                    f"{limit} positions (max_position_embeddings): shorten the sequence or train with more positions."
+                )
+        if position_ids is not None:
+            return position_ids
+        if segment_ids is not None:  # count from the start of each segment
+            count = torch.arange(length, device=embeds.device).expand_as(segment_ids)
+            starts = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)).long() * count
+            return count - starts.cummax(dim=1).values
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+        return torch.arange(length, device=embeds.device)[None] + past_length
+
+    def enter(self, embeds, position_ids) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """What the first layer receives (B, T, D), and the rotary angles for every layer."""
+        if self.embed_positions is not None:
+            embeds = embeds + self.embed_positions(position_ids, embeds.dtype)
+        angles = None if self.rotary is None else self.rotary(embeds, position_ids)
+        return self.dropout(self.embedding_norm(embeds)), angles
+
+    def remaining_layers(self):
+        """All layers; in training each is left out with probability `layerdrop` (Fan 2020)."""
+        for layer in self.layers:
+            if not (self.training and self.config.layerdrop and torch.rand([]) < self.config.layerdrop):
+                yield layer
+
+
+class DragomanEncoder(DragomanStack):
+    """Source tokens -> source states."""
+
+    _can_record_outputs = {"hidden_states": DragomanEncoderLayer, "attentions": DragomanSelfAttention}
+
+    def __init__(self, config: DragomanConfig):
+        layers = [DragomanEncoderLayer(config, index) for index in range(config.encoder_layers)]
+        super().__init__(config, "encoder", config.source_vocab_size or config.vocab_size, layers)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        """(B, S) -> `last_hidden_state` (B, S, D)"""
+        embeds = self.embed(input_ids, inputs_embeds)
+        position_ids = self.positions(embeds, position_ids, attention_mask, segment_ids)
+        mask = encoder_self_mask(self.config, embeds, attention_mask, segment_ids)
+        position_bias = None
+        if self.relative_bias is not None:
+            places = torch.arange(embeds.shape[1], device=embeds.device)
+            position_bias = self.relative_bias(places, embeds.shape[1])
+        hidden_states, angles = self.enter(embeds, position_ids)
+        for layer in self.remaining_layers():
+            hidden_states = layer(hidden_states, mask, rotary_angles=angles, position_bias=position_bias, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+
+class DragomanDecoder(DragomanStack):
+    """Target tokens so far and source states -> target states, each for predicting the next token."""
+
+    _can_record_outputs = {
+        "hidden_states": DragomanDecoderLayer,
+        "attentions": OutputRecorder(DragomanSelfAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(DragomanCrossAttention, index=1, layer_name="cross_attn"),
+    }
+    _tp_plan = {
+        **DragomanStack._tp_plan,
+        "layers.*.cross_attn.q_proj": "colwise",
+        "layers.*.cross_attn.k_proj": "colwise",
+        "layers.*.cross_attn.v_proj": "colwise",
+        "layers.*.cross_attn.o_proj": "rowwise",
+    }
+
+    def __init__(self, config: DragomanConfig):
+        layers = [DragomanDecoderLayer(config, index) for index in range(config.decoder_layers)]
+        super().__init__(config, "decoder", config.vocab_size, layers)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        cross_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        encoder_segment_ids: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """(B * g, T) and source states (B, S, D) -> `last_hidden_state` (B * g, T, D)"""
+        embeds = self.embed(input_ids, inputs_embeds)
+        if encoder_hidden_states is None:
+            raise ValueError("The decoder needs encoder_hidden_states: run the encoder first.")
+        if embeds.shape[0] % encoder_hidden_states.shape[0]:
+            raise ValueError(
+                f"{embeds.shape[0]} target rows cannot share {encoder_hidden_states.shape[0]} sources evenly."
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        position_ids = self.positions(embeds, position_ids, attention_mask, segment_ids, past_length)
+        mask = decoder_self_mask(self.config, embeds, attention_mask, past_key_values, segment_ids)
+        source_mask = cross_mask(
+            self.config,
+            embeds,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            cross_attention_mask,
+            past_length,
+            segment_ids,
+            encoder_segment_ids,
+        )
+        position_bias = None
+        if self.relative_bias is not None:
+            length = num_keys = embeds.shape[1]
+            if past_key_values is not None:
+                num_keys, _ = past_key_values.get_mask_sizes(length, 0)
+            position_bias = self.relative_bias(torch.arange(length, device=embeds.device) + past_length, num_keys)
+        hidden_states, angles = self.enter(embeds, position_ids)
+        for layer in self.remaining_layers():
+            hidden_states = layer(
+                hidden_states,
+                mask,
+                encoder_hidden_states,
+                source_mask,
+                rotary_angles=angles,
+                position_bias=position_bias,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class DragomanModel(DragomanPreTrainedModel):
+    """Encoder and decoder without a head: token ids in, decoder states out."""
+
+    def __init__(self, config: DragomanConfig):
+        super().__init__(config)
+        # On the instance, because the two ties are independent of each other.
+        self._tied_weights_keys = (
+            {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"} if config.share_embeddings else {}
+        )
+        self.encoder = DragomanEncoder(config)
+        self.decoder = DragomanDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: Any):
+        self.encoder.embed_tokens = value
+        if self.config.share_embeddings and self.config.tie_word_embeddings:
+            self.decoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        cross_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        position_ids: torch.Tensor | None = None,
+        decoder_position_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        decoder_segment_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> Seq2SeqModelOutput:
+        """
+        Args:
+            input_ids (B, S), or inputs_embeds (B, S, D), or encoder_outputs from an earlier call.
+            attention_mask: true for real source tokens (B, S); or 4-D, boolean or additive, (B, 1, S or 1, S).
+            decoder_input_ids (B, T), or decoder_inputs_embeds (B, T, D): the target, beginning with the start token.
+            decoder_attention_mask: true for real target tokens (B, past + T); or 4-D, (B, 1, T, past + T).
+            cross_attention_mask: 4-D only, (B, 1, T or 1, S); made from `attention_mask` where it is not given.
+            position_ids (B, S), decoder_position_ids (B, T): counted where they are not given.
+            segment_ids (B, S), decoder_segment_ids (B, T): numbers of the pairs packed into a row; attention stays
+                inside a pair.
+
+        Returns:
+            `last_hidden_state` (B, T, D), `encoder_last_hidden_state` (B, S, D) and what was asked for.
+
+        Raises:
+            ValueError: no target input; a sequence longer than the learned positions.
+        """
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError(
+                "The decoder has no input: give labels, or decoder_input_ids, or decoder_inputs_embeds. "
+                "(A collator made as DataCollatorForSeq2Seq(tokenizer, model=model) adds decoder_input_ids.)"
+            )
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids,
+                attention_mask,
+                inputs_embeds=inputs_embeds,
+                position_ids=position_ids,
+                segment_ids=segment_ids,
+                **kwargs,
+            )
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        decoder_outputs = self.decoder(
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=attention_mask,
+            cross_attention_mask=cross_attention_mask,
+            inputs_embeds=decoder_inputs_embeds,
+            position_ids=decoder_position_ids,
+            segment_ids=decoder_segment_ids,
+            encoder_segment_ids=segment_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state,
+            past_key_values=decoder_outputs.past_key_values,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+
+class DragomanEncoderModel(DragomanPreTrainedModel):
+    """The encoder alone, with a sentence vector: the mean of its states over the real tokens."""
+
+    _keys_to_ignore_on_load_unexpected = [r"decoder\.", r"lm_head\."]
+
+    def __init__(self, config: DragomanConfig):
+        super().__init__(config)
+        self.encoder = DragomanEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: Any):
+        self.encoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """(B, S) and its mask (B, S) -> `last_hidden_state` (B, S, D), `pooler_output` (B, D)"""
+        outputs = self.encoder(
+            input_ids, attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
+        )
+        states = outputs.last_hidden_state
+        if attention_mask is None:
+            pooled = states.mean(dim=1)
+        else:
+            weights = attention_mask.to(states.dtype)[..., None]
+            pooled = (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states,
+            pooler_output=pooled,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class DragomanForConditionalGeneration(DragomanPreTrainedModel, DragomanGenerationMixin):
+    """The model to train and to translate with: encoder, decoder and an output layer over the target vocabulary."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: DragomanConfig):
+        super().__init__(config)
+        table = "encoder" if config.share_embeddings else "decoder"
+        self._tied_weights_keys = {"lm_head.weight": f"model.{table}.embed_tokens.weight"} if config.tie_lm_head else {}
+        self.model = DragomanModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+        # Without a length, stock generate() stops after 20 tokens. Training writes one that fits its data.
+        if self.generation_config.max_length is None:
+            self.generation_config.max_length = config.max_position_embeddings
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: Any):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.lm_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        cross_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        decoder_position_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        decoder_segment_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> Seq2SeqLMOutput:
+        """
+        As [`DragomanModel.forward`], and:
+
+        Args:
+            labels (B, T): the target without the start token, -100 where nothing is to be predicted. Where no decoder
+                input is given, the labels shifted right become it.
+            logits_to_keep: compute logits for the last so many positions only, or for these; 0 means all.
+            num_items_in_batch: number of labels of the whole optimizer step, by which the summed loss is divided.
+
+        Returns:
+            `logits` (B, T, V), `loss` if labels are given (label smoothing only in training mode), and the rest.
+        """
+        if labels is not None:
+            use_cache = False if use_cache is None else use_cache
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            cross_attention_mask=cross_attention_mask,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            decoder_position_ids=decoder_position_ids,
+            segment_ids=segment_ids,
+            decoder_segment_ids=decoder_segment_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        states = outputs.last_hidden_state
+        if labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            states = states[:, kept]
+        if self.config.logit_scale is not None:
+            states = states * self.config.logit_scale
+        logits = self.lm_head(states)
+        loss = None
+        if labels is not None:
+            smoothing = self.config.label_smoothing if self.training else 0.0
+            loss = next_token_loss(logits, labels, smoothing, num_items_in_batch)
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
