@@ -14,6 +14,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, ProcessorMixin
 
 from dragoman.inference.strategies import nearest, parse_spec
 
+
 # Every metric module by its file name, with the figures that stand for it in tables and logs.
 METRICS = {
     "bleu": ("bleu",),
@@ -23,7 +24,7 @@ METRICS = {
     "exact_match": ("exact_match",),
     "wer": ("wer", "sequence_error_rate"),
     "cer": ("cer",),
-    "diversity": ("distinct_1", "distinct_2", "rep_2", "rep_3", "rep_4", "diversity"),
+    "diversity": ("distinct_2", "rep_2", "diversity"),
 }
 
 
@@ -51,8 +52,12 @@ def load_metric(name: str) -> evaluate.Metric:
     return metric_class(keep_in_memory=True, cache_dir=_cache_dir())
 
 
-def _prepare(specs: Sequence[str]) -> dict[str, tuple[str, evaluate.Metric, dict[str, Any]]]:
-    """Metrics by label (the name, or the whole text where a name comes twice), each with its name and options."""
+def check_metrics(specs: Sequence[str]) -> dict[str, tuple[str, evaluate.Metric, dict[str, Any]]]:
+    """Metrics by label (the name, or the whole text where a name comes twice), each with its name and options.
+
+    Raises:
+        ValueError: an unknown metric, or an option that it does not have.
+    """
     parsed = [(spec, *parse_spec(spec)) for spec in specs]
     names = [name for _, name, _ in parsed]
     metrics = {}
@@ -86,7 +91,7 @@ def compute_scores(
     """
     return {
         label: metric.compute(predictions=list(predictions), references=list(references), **options)
-        for label, (_, metric, options) in _prepare(metrics).items()
+        for label, (_, metric, options) in check_metrics(metrics).items()
     }
 
 
@@ -121,7 +126,7 @@ def build_compute_metrics(
     tokenizer: Any = processing_class
     if isinstance(processing_class, ProcessorMixin):
         tokenizer = tokenizer.target_tokenizer
-    _prepare(metrics)
+    check_metrics(metrics)
 
     def texts(ids: Any) -> list[str]:
         return tokenizer.batch_decode(np.where(ids == -100, tokenizer.pad_token_id, ids), skip_special_tokens=True)

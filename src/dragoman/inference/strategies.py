@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+
 # Each sets what tells the modes apart, so that a setting saved with the model does not turn one into another.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {"num_beams": 1, "do_sample": False},

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from dragoman.data.batching import map_in_batches
 from dragoman.data.tokenizers import ProcessingClass, load_tokenizer, source_and_target_tokenizer
 from dragoman.inference.strategies import STRATEGIES, nearest, strategy_arguments
 
+
 # Rows of a batch that are scored at once times target length times vocabulary: 256 MB of logits in single precision.
 _LOGITS_AT_ONCE = 2**26
 
@@ -27,18 +29,18 @@ class Hypothesis:
 
     Attributes:
         text: the output without special tokens; "" for an empty input.
+        token_ids: the generated ids without the start token, up to and with `</s>`; [] for an empty input.
         score: what beam search ranks by, for every strategy: `log_probability / length ** length_penalty`, length being
-            the number of generated tokens, `</s>` among them. With the usual length penalty 1 it is the mean
-            log-probability of a token. None if scores were not asked for; 0.0 for an empty input.
+            the number of `token_ids`. With the usual length penalty 1 it is the mean log-probability of a token. None
+            where scores were not asked for; 0.0 for an empty input.
         log_probability: natural logarithm of the model's probability of the whole output given the input: the sum over
-            its tokens, `</s>` among them, before any temperature, truncation or penalty of the decoding.
-        token_ids: the generated ids without the start token, up to and with `</s>`.
+            its `token_ids`, before any temperature, truncation or penalty of the decoding. None and 0.0 as above.
     """
 
     text: str
-    score: float | None
-    log_probability: float | None
     token_ids: list[int]
+    score: float | None = None
+    log_probability: float | None = None
 
 
 def load(
@@ -182,19 +184,18 @@ def translate_stream(
         console=Console(stderr=True),
         disable=not progress,
     )
+    tools = (model, source_tokenizer, target_tokenizer)
+    length_penalty = generation_arguments.get("length_penalty")
     task = bar.add_task("", total=len(sentences) if isinstance(sentences, Sequence) else None)
 
     def decode(batch: list[list[int]]) -> list[list[Hypothesis]]:
         sources = [ids for ids in batch if ids]
-        outputs = iter(
-            _decode_batch(
-                model, source_tokenizer, target_tokenizer, sources, num_return_sequences, scores, generation_arguments
-            )
-            if sources
-            else []
-        )
+        found = iter(_decode_batch(*tools, sources, num_return_sequences, generation_arguments) if sources else [])
+        outputs = [next(found) if ids else [Hypothesis("", []) for _ in range(num_return_sequences)] for ids in batch]
+        if scores:
+            _score_batch(model, source_tokenizer, batch, outputs, length_penalty)
         bar.advance(task, len(batch))
-        return [next(outputs) if ids else _empty(num_return_sequences, scores) for ids in batch]
+        return outputs
 
     def run() -> Iterator[list[Hypothesis]]:
         with bar:
@@ -202,6 +203,36 @@ def translate_stream(
             yield from map_in_batches(encoded, decode, length=len, batch_size=batch_size, window=window)
 
     return run()
+
+
+def score(
+    model: PreTrainedModel,
+    processing_class: ProcessingClass,
+    sentences: Sequence[str],
+    outputs: Sequence[list[Hypothesis]],
+    *,
+    batch_size: int = 32,
+    length_penalty: float | None = None,
+) -> None:
+    """Write `score` and `log_probability` into hypotheses that `translate(..., scores=False)` gave.
+
+    Args:
+        model, processing_class, sentences: what the outputs come from.
+        outputs: hypotheses of each sentence; only their `token_ids` are read.
+        batch_size: sentences scored together.
+        length_penalty: as in `generate`; None takes the model's.
+    """
+    source_tokenizer, _ = source_and_target_tokenizer(processing_class)
+
+    def score_batch(batch: list[tuple[list[int], list[Hypothesis]]]) -> list[None]:
+        sources, hypotheses = zip(*batch, strict=True)
+        _score_batch(model, source_tokenizer, list(sources), list(hypotheses), length_penalty)
+        return [None] * len(batch)
+
+    sources = _encode(model, source_tokenizer, sentences, max(len(sentences), 1))
+    pairs = zip(sources, outputs, strict=True)
+    for _ in map_in_batches(pairs, score_batch, length=lambda pair: len(pair[0]), batch_size=batch_size):
+        pass
 
 
 def compare_strategies(
@@ -266,11 +297,6 @@ def _encode(model: Any, tokenizer, sentences: Iterable[str], window: int) -> Ite
             yield ids
 
 
-def _empty(count: int, scores: bool) -> list[Hypothesis]:
-    zero = 0.0 if scores else None
-    return [Hypothesis("", zero, zero, []) for _ in range(count)]
-
-
 @torch.no_grad()
 def _decode_batch(
     model: Any,
@@ -278,38 +304,23 @@ def _decode_batch(
     target_tokenizer,
     sources: list[list[int]],
     num_return_sequences: int,
-    scores: bool,
     generation_arguments: dict[str, Any],
 ) -> list[list[Hypothesis]]:
-    """Source ids of B sentences -> n hypotheses each."""
+    """Source ids of B sentences, none empty -> n hypotheses each, without scores."""
     batch = source_tokenizer.pad({"input_ids": sources}, return_tensors="pt").to(model.device)
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         sequences = model.generate(  # (B * n, 1 + T), the start token first
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             num_return_sequences=num_return_sequences,
             **generation_arguments,
         )
-        settings = model.generation_config.to_dict()
-        settings |= {name: value for name, value in generation_arguments.items() if value is not None}
-        lengths = _lengths(sequences[:, 1:], settings["eos_token_id"], settings["pad_token_id"])
-        log_probabilities: list[Any] = [None] * len(sequences)
-        if scores:
-            inputs = {name: batch[name].repeat_interleave(num_return_sequences, 0) for name in batch}
-            log_probabilities = _log_probabilities(model, inputs, sequences, lengths).tolist()
-    finally:
-        model.train(was_training)
-    penalty = settings["length_penalty"]
-    if penalty is None:
-        penalty = 1.0  # the default of generate()
+    settings = model.generation_config.to_dict()
+    settings |= {name: value for name, value in generation_arguments.items() if value is not None}
+    lengths = _lengths(sequences[:, 1:], settings["eos_token_id"], settings["pad_token_id"])
     rows = [row[1 : 1 + length] for row, length in zip(sequences.tolist(), lengths.tolist(), strict=True)]
     texts = target_tokenizer.batch_decode(rows, skip_special_tokens=True)
-    hypotheses = [
-        Hypothesis(text, None if total is None else total / max(len(ids), 1) ** penalty, total, ids)
-        for text, total, ids in zip(texts, log_probabilities, rows, strict=True)
-    ]
+    hypotheses = [Hypothesis(text, ids) for text, ids in zip(texts, rows, strict=True)]
     return [
         hypotheses[start : start + num_return_sequences] for start in range(0, len(hypotheses), num_return_sequences)
     ]
@@ -323,27 +334,54 @@ def _lengths(generated: torch.Tensor, eos: int | list[int], pad: int) -> torch.T
     return torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, unpadded)
 
 
-def _log_probabilities(
-    model: PreTrainedModel, inputs: dict[str, torch.Tensor], sequences: torch.Tensor, lengths: torch.Tensor
-) -> torch.Tensor:
-    """Sources (B, S), sequences (B, 1 + T) -> (B,): log-probabilities of the first `lengths` (B,) tokens, summed.
+@torch.no_grad()
+def _score_batch(
+    model: Any,
+    source_tokenizer,
+    sources: list[list[int]],
+    outputs: list[list[Hypothesis]],
+    length_penalty: float | None,
+) -> None:
+    """Write the scores of B sentences' outputs, by one teacher-forced pass.
 
-    One teacher-forced pass. Asking `generate` for its scores instead would keep the logits of all steps and beams, and
-    those of sampling are already filtered.
+    Asking `generate` for its scores instead would keep the logits of all steps and beams, and those of sampling are
+    already filtered.
     """
-    steps = sequences.shape[1] - 1
-    rows_at_once = max(1, _LOGITS_AT_ONCE // (steps * model.config.vocab_size))
-    sums = []
-    for start in range(0, len(sequences), rows_at_once):
-        rows = slice(start, start + rows_at_once)
-        logits = model(
-            **{name: value[rows] for name, value in inputs.items()},
-            decoder_input_ids=sequences[rows, :-1],
-            use_cache=False,
-        ).logits
-        token_losses = torch.nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), sequences[rows, 1:], reduction="none"
-        )
-        counted = torch.arange(steps, device=sequences.device) < lengths[rows, None]
-        sums.append(-(token_losses * counted).sum(dim=1))
-    return torch.cat(sums)
+    if length_penalty is None:
+        length_penalty = model.generation_config.length_penalty
+    if length_penalty is None:
+        length_penalty = 1.0  # the default of generate()
+    rows = [(ids, hypothesis) for ids, found in zip(sources, outputs, strict=True) for hypothesis in found]
+    for _, hypothesis in rows:
+        hypothesis.log_probability = hypothesis.score = 0.0
+    rows = [(ids, hypothesis) for ids, hypothesis in rows if ids and hypothesis.token_ids]
+    longest = max((len(hypothesis.token_ids) for _, hypothesis in rows), default=1)
+    rows_at_once = max(1, _LOGITS_AT_ONCE // (longest * model.config.vocab_size))
+    for start in range(0, len(rows), rows_at_once):
+        part = rows[start : start + rows_at_once]
+        batch = source_tokenizer.pad({"input_ids": [ids for ids, _ in part]}, return_tensors="pt").to(model.device)
+        labels = torch.nn.utils.rnn.pad_sequence(  # (B, T)
+            [torch.tensor(hypothesis.token_ids) for _, hypothesis in part], batch_first=True, padding_value=-100
+        ).to(model.device)
+        with _evaluating(model):
+            logits = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),
+                use_cache=False,
+            ).logits
+        losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+        for (_, hypothesis), loss in zip(part, losses.sum(dim=1).tolist(), strict=True):
+            hypothesis.log_probability = -loss
+            hypothesis.score = -loss / len(hypothesis.token_ids) ** length_penalty
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout inside; the caller's mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -5,6 +5,7 @@ from sacrebleu.metrics import BLEU
 
 from .common import INPUTS, TEXT_FEATURES, TextMetric, reference_streams
 
+
 _DESCRIPTION = """
 BLEU (Papineni et al. 2002): clipped precision of 1- to 4-grams, geometric mean, brevity penalty; computed by sacreBLEU
 (Post 2018) on detokenized text, so that figures with equal signatures can be compared between papers.

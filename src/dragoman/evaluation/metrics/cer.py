@@ -5,6 +5,7 @@ import jiwer
 
 from .common import INPUTS, TEXT_FEATURES, TextMetric, error_rate
 
+
 _DESCRIPTION = """
 Character error rate: substituted, deleted and inserted characters (Unicode code points, spaces included) per reference
 character, summed over all rows before dividing. With several accepted references the one with the fewest edits counts;

@@ -5,6 +5,7 @@ from sacrebleu.metrics import CHRF
 
 from .common import INPUTS, TEXT_FEATURES, TextMetric, reference_streams
 
+
 _DESCRIPTION = """
 chrF (Popović 2015): F-score of character 1- to 6-grams, recall weighing twice as much as precision; no tokenizer, so it
 suits every language. With `word_order=2` it is chrF++ (Popović 2017), which adds words and pairs of words.

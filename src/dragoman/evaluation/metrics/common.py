@@ -12,6 +12,7 @@ import datasets
 import evaluate
 import regex
 
+
 # One reference per row, or several accepted ones (any count).
 TEXT_FEATURES = [
     datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")}),

@@ -5,6 +5,7 @@ import evaluate
 
 from .common import check_predictions, unicode_words
 
+
 _DESCRIPTION = """
 Two opposite faults of generation, measured without references. distinct-n (Li et al. 2016): different n-grams over all
 predictions divided by all n-grams; low when a system says the same everywhere; it falls as the number of predictions

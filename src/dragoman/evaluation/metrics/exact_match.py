@@ -4,6 +4,7 @@ import evaluate
 
 from .common import INPUTS, TEXT_FEATURES, TextMetric, reference_lists
 
+
 _DESCRIPTION = """
 Share of rows whose prediction equals one of the accepted references; spaces at the ends do not count.
 """

@@ -5,6 +5,7 @@ from rouge_score import rouge_scorer, tokenizers
 
 from .common import INPUTS, TEXT_FEATURES, TextMetric, reference_lists, unicode_words
 
+
 _DESCRIPTION = """
 ROUGE (Lin 2004): F-score of shared n-grams (rouge1, rouge2) or of the longest common subsequence (rougeL; rougeLsum by
 lines), averaged over the rows. The tokenizer of rouge-score throws away every letter outside a-z, so "perché" becomes

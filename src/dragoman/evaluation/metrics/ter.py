@@ -5,6 +5,7 @@ from sacrebleu.metrics import TER
 
 from .common import INPUTS, TEXT_FEATURES, TextMetric, reference_streams
 
+
 _DESCRIPTION = """
 Translation edit rate (Snover et al. 2006): insertions, deletions, substitutions and shifts of word blocks that turn the
 prediction into its closest reference, per 100 reference words (of the average reference). Lower is better.

@@ -5,6 +5,7 @@ import jiwer
 
 from .common import INPUTS, TEXT_FEATURES, TextMetric, error_rate
 
+
 _DESCRIPTION = """
 Word error rate: substitutions, deletions and insertions per reference word, summed over all rows before dividing; words
 are what spaces separate. Over texts of phonemes ("R EH D") it is the phoneme error rate of grapheme-to-phoneme
