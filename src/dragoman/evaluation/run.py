@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from rich import box
 from rich.table import Table
 
 from dragoman.data.reading import read_pairs
@@ -138,9 +139,8 @@ def evaluate_model(
             "sentences_per_second": round(len(sources) / seconds, 2),
             "generated_tokens": sum(len(best.token_ids) for best in predictions),
         }
-    (out_dir / "scores.json").write_text(
-        json.dumps(report, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(report, ensure_ascii=False, indent=2, default=str)
+    (out_dir / "scores.json").write_text(text + "\n", encoding="utf-8")
     return report
 
 
@@ -149,12 +149,12 @@ def comparison_table(report: dict[str, Any]) -> Table:
 
     BLEU, chrF and TER run from 0 to 100, everything else from 0 to 1.
     """
-    table = Table(title=f"{report['rows']} sentences of {report['data']}")
+    table = Table(title=f"{report['rows']} sentences of {report['data']}", box=box.SIMPLE_HEAD, pad_edge=False)
     results = report["strategies"]
     figures = list(next(iter(results.values()))["headline"])
-    table.add_column("strategy", overflow="fold")
+    table.add_column("strategy", overflow="fold", min_width=11)
     for column in (*figures, "seconds", "sent./s"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column.replace("_", "\n"), justify="right", no_wrap=True)
     for name, result in results.items():
         values = [
             f"{result['headline'][key]:.{2 if key.split(':')[0] in ('bleu', 'chrf', 'ter') else 3}f}" for key in figures
