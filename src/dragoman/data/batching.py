@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
 
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

@@ -16,6 +16,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 from dragoman.data.reading import Pairs
 from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
 
+
 OVERLONG_POLICIES = ("error", "drop", "truncate")
 EMPTY_POLICIES = ("error", "drop")
 IGNORED_LABEL = -100
@@ -78,7 +79,8 @@ def encode_pairs(
 
     Raises:
         ValueError: an overlong or empty pair where the policy is `"error"`, naming the pair (for streams during the
-            iteration); an unknown policy; a tokenizer that does not end its output with `</s>`.
+            iteration); not a single pair kept (not for streams); an unknown policy; a tokenizer that does not end its
+            output with `</s>`.
     """
     for name, value, choices in (("overlong", overlong, OVERLONG_POLICIES), ("empty", empty, EMPTY_POLICIES)):
         if value not in choices:
@@ -104,7 +106,9 @@ def encode_pairs(
         desc="Encoding pairs",
     )
     _count(report, outcomes["dropped"], outcomes["truncated"])
-    kept = [index for index, reason in enumerate(outcomes["dropped"]) if reason is None]
+    kept = [index for index, reason in enumerate(outcomes["dropped"]) if not reason]
+    if not kept:
+        raise ValueError(f"no pair is left to train or evaluate on: {report}")
     encoded = outcomes.select_columns(list(ENCODED_COLUMNS))
     return (encoded if len(kept) == len(encoded) else encoded.select(kept)), report
 
@@ -115,18 +119,16 @@ def _encode_stream(dataset: IterableDataset, encoder: _Encoder, report: DropRepo
     def encode_and_filter(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         outcome = encoder(batch, indices)
         _count(report, outcome["dropped"], outcome["truncated"])
-        kept = [row for row, reason in enumerate(outcome["dropped"]) if reason is None]
+        kept = [row for row, reason in enumerate(outcome["dropped"]) if not reason]
         return {column: [outcome[column][row] for row in kept] for column in ENCODED_COLUMNS}
 
     return dataset.map(encode_and_filter, batched=True, with_indices=True, remove_columns=names)
 
 
-def _count(report: DropReport, dropped: list[str | None], truncated: list[str | None]) -> None:
-    report.kept += sum(reason is None for reason in dropped)
-    report.dropped.update(reason for reason in dropped if reason is not None)
-    report.truncated.update(
-        sides for sides, reason in zip(truncated, dropped, strict=True) if sides is not None and reason is None
-    )
+def _count(report: DropReport, dropped: list[str], truncated: list[str]) -> None:
+    report.kept += sum(not reason for reason in dropped)
+    report.dropped.update(reason for reason in dropped if reason)
+    report.truncated.update(sides for sides, reason in zip(truncated, dropped, strict=True) if sides and not reason)
 
 
 def _require_final_eos(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -149,7 +151,7 @@ class _Encoder:
     empty: str
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        """Encode; `dropped` is the reason to drop a row or None, `truncated` names the sides cut or is None."""
+        """Encode; `dropped` is the reason to drop a row, `truncated` names the sides cut, or they are empty."""
         source_tokenizer, target_tokenizer = source_and_target_tokenizer(self.processing_class)
         outcome: dict[str, list[Any]] = {name: [] for name in (*ENCODED_COLUMNS, "dropped", "truncated")}
         rows = zip(
@@ -165,7 +167,7 @@ class _Encoder:
                 ("source", source, input_ids, self.max_source_length),
                 ("target", target, labels, self.max_target_length),
             )
-            dropped, cut = None, []
+            dropped, cut = "", []
             for side, text, ids, limit in sides:
                 where = f"pair {index + 1} ({source[:40]!r} / {target[:40]!r})"
                 if not text.strip():
@@ -187,7 +189,7 @@ class _Encoder:
             outcome["labels"].append(labels)
             outcome["length"].append(max(len(input_ids), len(labels)))
             outcome["dropped"].append(dropped)
-            outcome["truncated"].append(" and ".join(cut) or None)
+            outcome["truncated"].append(" and ".join(cut))
         return outcome
 
 

@@ -10,7 +10,7 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import zip_longest
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import IO, Any, TypeAlias, cast
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, Value, load_from_disk
+
 
 EMBEDDED_DIR = Path(__file__).parent / "embedded"
 EMBEDDED_PREFIX = "embedded:"
@@ -215,13 +216,13 @@ def _pairs_of_dataset(dataset: Pairs, where: str, columns: tuple[str, str], stre
     return dataset.to_iterable_dataset() if streaming else dataset
 
 
-def _named_pair(row: dict[str, Any], columns: tuple[str, str], where: str) -> dict[str, Any]:
+def _named_pair(row: Mapping[str, Any], columns: tuple[str, str], where: str) -> dict[str, Any]:
     """Rename the two columns to `source` and `target`, in front of all others, and check that they are strings."""
     pair = {}
     for name, column in zip(("source", "target"), columns, strict=True):
         value: Any = row
         for part in column.split("."):
-            if not isinstance(value, dict) or part not in value:
+            if not isinstance(value, Mapping) or part not in value:
                 raise ValueError(f"{where}: no key {column!r} (the row has {', '.join(map(str, row))})")
             value = value[part]
         if not isinstance(value, str):

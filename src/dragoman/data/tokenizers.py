@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from dragoman.data.reading import Pairs
 from dragoman.models.processing_dragoman import DragomanProcessor
 
+
 logger = logging.getLogger(__name__)
 
 BOS, PAD, EOS, UNK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")

@@ -1,0 +1,201 @@
+import gzip
+import io
+import json
+import re
+import sys
+
+import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
+
+from dragoman.data.reading import embedded_names, read_lines, read_pairs
+
+
+PAIRS = [("I love you", "我爱你"), ("a\u2028b", "c\x85d "), ("", "vuoto")]
+ROWS = [{"source": source, "target": target} for source, target in PAIRS]
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def tsv(rows):
+    return "".join(f"{row['source']}\t{row['target']}\n" for row in rows)
+
+
+def pairs_of(dataset):
+    return [(row["source"], row["target"]) for row in dataset]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("name", "text"), [("p.jsonl", jsonl(ROWS)), ("p.tsv", tsv(ROWS))])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_files_of_pairs(tmp_path, name, text, compressed, streaming):
+    path = tmp_path / (name + ".gz" * compressed)
+    path.write_bytes(gzip.compress(text.encode()) if compressed else text.encode())
+    dataset = read_pairs(path, streaming=streaming)
+    assert isinstance(dataset, IterableDataset if streaming else Dataset)
+    assert pairs_of(dataset) == PAIRS
+    assert pairs_of(dataset) == PAIRS, "a second pass gives the same"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parallel_files(tmp_path, streaming):
+    source, target = tmp_path / "a.en", tmp_path / "a.it.gz"
+    source.write_bytes("\ufeffone\r\ntwo\r\n".encode())  # as some editors write it: byte order mark and CR LF
+    target.write_bytes(gzip.compress("uno\ndue".encode()))  # no line feed at the end
+    assert pairs_of(read_pairs([source, str(target)], streaming=streaming)) == [("one", "uno"), ("two", "due")]
+
+
+def test_further_columns_are_kept(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(jsonl([ROWS[0], ROWS[1] | {"word": "w", "variants": ["x", "y"]}]), encoding="utf-8")
+    dataset = read_pairs(path)
+    assert dataset.column_names[:2] == ["source", "target"]
+    assert dataset["word"][:] == [None, "w"]
+    assert dataset["variants"][:] == [None, ["x", "y"]]
+
+
+def test_tsv_with_a_heading_keeps_its_columns(tmp_path):
+    path = tmp_path / "p.tsv"
+    path.write_text("target\tlang\tsource\nuno\tit\tone\n")
+    assert list(read_pairs(path)) == [{"source": "one", "target": "uno", "lang": "it"}]
+
+
+def test_a_file_changed_between_two_reads_is_read_anew(tmp_path):
+    path = tmp_path / "p.tsv"
+    path.write_text("one\tuno\n")
+    read_pairs(path)
+    path.write_text("one\tEIN\n")
+    assert pairs_of(read_pairs(path)) == [("one", "EIN")]
+    assert pairs_of(read_pairs(path, streaming=True)) == [("one", "EIN")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_column_names_and_nested_columns(tmp_path, streaming):
+    path = tmp_path / "p.jsonl"
+    path.write_text(jsonl([{"translation": {"en": "one", "it": "uno"}, "source": "some site", "id": 7}]))
+    expected = [{"source": "one", "target": "uno", "id": 7}]
+    columns = {"source_column": "translation.en", "target_column": "translation.it"}
+    assert list(read_pairs(path, streaming=streaming, **columns)) == expected
+    loaded = Dataset.from_list([{"translation": {"en": "one", "it": "uno"}, "id": 7}])
+    assert list(read_pairs(loaded, streaming=streaming, **columns)) == expected
+
+
+def test_loaded_datasets(tmp_path):
+    dataset = Dataset.from_list(ROWS)
+    assert pairs_of(read_pairs(dataset)) == PAIRS
+    assert isinstance(read_pairs(dataset, streaming=True), IterableDataset)
+    assert pairs_of(read_pairs(dataset.to_iterable_dataset())) == PAIRS
+    dataset.save_to_disk(tmp_path / "saved")
+    assert pairs_of(read_pairs(tmp_path / "saved")) == PAIRS
+    DatasetDict(train=dataset).save_to_disk(tmp_path / "splits")
+    assert pairs_of(read_pairs(tmp_path / "splits" / "train")) == PAIRS
+    with pytest.raises(ValueError, match=re.escape(f"several splits, name one of them: {tmp_path / 'splits' / 'train'}")):
+        read_pairs(tmp_path / "splits")
+    with pytest.raises(ValueError, match="holds no dataset"):
+        read_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (Dataset.from_dict({"source": ["a"], "tgt": ["b"]}), r"no column 'target' \(it has source, tgt\)"),
+        (Dataset.from_dict({"source": ["a"], "target": [1]}), "column 'target' holds Value.* instead of strings"),
+        (Dataset.from_dict({"source": ["a", None], "target": ["b", "c"]}), "row 2: the value of 'source' is missing"),
+        (Dataset.from_dict({"source": [], "target": []}), "the dataset holds no pairs"),
+    ],
+)
+def test_loaded_datasets_that_are_no_pairs(dataset, message):
+    with pytest.raises(ValueError, match=message):
+        read_pairs(dataset)
+
+
+def test_a_stream_of_a_loaded_dataset_checks_its_rows():
+    stream = Dataset.from_dict({"source": ["a", None], "target": ["b", "c"]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="row 2: the value of 'source' is a NoneType instead of a string"):
+        list(read_pairs(stream))
+
+
+GOOD = b'{"source": "a", "target": "b"}\n'
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", GOOD + b'{"source": "a"\n', r"p\.jsonl:2: not a JSON object: Expecting ',' delimiter at character 15"),
+        ("p.jsonl", GOOD + b"\n", r"p\.jsonl:2: not a JSON object: the line is empty"),
+        ("p.jsonl", GOOD + b'["a", "b"]\n', r"p\.jsonl:2: not a JSON object: the line holds a list"),
+        ("p.jsonl", GOOD + b'{"source": "a", "tgt": "b"}', r"p\.jsonl:2: no key 'target' \(the row has source, tgt\)"),
+        ("p.jsonl", b'{"source": 3, "target": "b"}', r"p\.jsonl:1: the value of 'source' is a int instead of a string"),
+        ("p.jsonl", b'{"source": "\\uD83D", "target": "b"}', r"p\.jsonl:1: the value of 'source' holds half of a surrog"),
+        ("p.jsonl", GOOD + b'{"source": "\xe8"}', r"p\.jsonl:2: not UTF-8 \(byte 13 of the line is 0xe8\)"),
+        ("p.jsonl", b"", r"p\.jsonl: the file holds no pairs"),
+        ("p.jsonl.gz", gzip.compress(GOOD * 9)[:-9], r"p\.jsonl\.gz:\d+: the gzip file is damaged or cut short"),
+        ("p.jsonl.gz", GOOD, r"p\.jsonl\.gz:1: the gzip file is damaged or cut short"),
+        ("p.tsv", b"a\tb\na b\n", r"p\.tsv:2: 1 tab-separated column where 2 are expected \(source, target\)"),
+        ("p.tsv", b"a\tb\tc\n", r"p\.tsv:1: 3 tab-separated columns where 2 are expected"),
+        ("p.csv", b"a,b\n", r"p\.csv: pairs are read from \.jsonl, \.tsv"),
+    ],
+)
+def test_malformed_files(tmp_path, name, content, message, streaming):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        list(read_pairs(path, streaming=streaming))
+    assert "\n" not in str(caught.value), "one sentence"
+
+
+def test_mixed_types_in_a_further_column(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(jsonl([ROWS[0] | {"id": 1}, ROWS[0] | {"id": "one"}]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"p\.jsonl: an extra column holds values of more than one type"):
+        read_pairs(path)
+
+
+@pytest.mark.parametrize(("short", "long"), [("a.en", "a.it"), ("a.it", "a.en")])
+def test_parallel_files_of_different_length(tmp_path, short, long):
+    (tmp_path / short).write_text("x\ny\n")
+    (tmp_path / long).write_text("x\ny\nz\n")
+    with pytest.raises(ValueError, match=re.escape(f"{short} ends after line 2 but {tmp_path / long} goes on at line 3")):
+        read_pairs([tmp_path / "a.en", tmp_path / "a.it"])
+
+
+def test_parallel_files_are_two_without_column_names(tmp_path):
+    (tmp_path / "a").write_text("x\n")
+    with pytest.raises(ValueError, match=r"two paths \[source, target\], but 3 were given"):
+        read_pairs([tmp_path / "a"] * 3)
+    with pytest.raises(ValueError, match="parallel text files have no column names"):
+        read_pairs([tmp_path / "a"] * 2, source_column="en")
+
+
+def test_missing_files_name_their_neighbors(tmp_path):
+    (tmp_path / "train.jsonl.gz").touch()
+    with pytest.raises(FileNotFoundError, match=r"train\.jsonl does not exist in .*; did you mean .*train\.jsonl\.gz\?"):
+        read_pairs(tmp_path / "train.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"x\.tsv does not exist: there is no folder .*nowhere"):
+        read_pairs([tmp_path / "train.jsonl.gz", tmp_path / "nowhere" / "x.tsv"])
+
+
+def test_embedded_data():
+    sizes = {"train": 7217, "validation": 356, "test": 439}
+    assert embedded_names() == sorted(f"embedded:tiny_en_it/{split}" for split in sizes)
+    splits = {split: read_pairs(f"embedded:tiny_en_it/{split}") for split in sizes}
+    assert {split: len(dataset) for split, dataset in splits.items()} == sizes
+    trained = {source.lower() for source in splits["train"]["source"]}
+    assert not trained & {source.lower() for split in ("validation", "test") for source in splits[split]["source"]}
+    with pytest.raises(ValueError, match="'embedded:tiny_en_it/dev' is not in the package; it has embedded:tiny_en_it/test"):
+        read_pairs("embedded:tiny_en_it/dev")
+
+
+def test_read_lines(tmp_path, monkeypatch):
+    path = tmp_path / "lines.txt.gz"
+    path.write_bytes(gzip.compress("uno\n\n due \r\ntre".encode()))
+    assert list(read_lines(path)) == ["uno", "", " due ", "tre"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"uno\n\xff\n")))
+    lines = read_lines()
+    assert next(lines) == "uno"
+    with pytest.raises(ValueError, match="standard input:2: not UTF-8"):
+        next(lines)
+    with pytest.raises(FileNotFoundError, match=r"lines\.txt does not exist .* did you mean .*lines\.txt\.gz\?"):
+        list(read_lines(tmp_path / "lines.txt"))
