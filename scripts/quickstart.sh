@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# From nothing to a translating model: bash scripts/quickstart.sh [section.key=value ...]. From any folder; installs into .venv first.
+# Takes minutes on two CPU cores; the second time it needs no network.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+install
+
+model=runs/quickstart
+dragoman train configs/quickstart.yaml training.output_dir=$model "$@" --overwrite
+
+echo
+echo "This small model knows one kind of text: short phrases from the menus and messages of applications. Some it has not seen:"
+echo
+dragoman generate $model --compare <<'SENTENCES'
+Delete the selected files
+The password is not valid
+Remove this device from the list
+Your account was deleted
+Open the settings page
+SENTENCES
+echo
+echo "Translate your own with:  .venv/bin/dragoman generate $model < FILE  (from $root), or with the three lines of Python above."

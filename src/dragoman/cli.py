@@ -1,0 +1,187 @@
+"""The `dragoman` command: parse, call, nothing else.
+
+A mistake of the user's is one sentence on standard error and exit status 2; Ctrl-C ends with 130.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            # The reader (head, less) has left; without this, Python complains once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from error
+        except (ValueError, OSError) as error:
+            message = " ".join(str(error).split())
+            print(f"dragoman {ctx.invoked_subcommand}: {message}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            message = str(error) or "interrupted"
+            print(f"dragoman {ctx.invoked_subcommand}: {message}", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Train, use and score encoder-decoder models.",
+)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file as in configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it: section.key=value", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what an earlier run left.")] = False,
+) -> None:
+    """Train a model from one YAML file."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from dragoman.training.arguments import load_experiment
+    from dragoman.training.run import train as run
+
+    disable_progress_bar()  # the bars of saving and loading weights, between the lines of the training's own
+    run(load_experiment(config, overrides or []), resume=resume, overwrite=overwrite)
+
+
+@app.command(context_settings=ANY_OPTION)
+def generate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Sentences decoded together.")] = 32,
+    nbest: Annotated[
+        int, typer.Option("--nbest", "--num-return-sequences", min=1, help="Outputs a line, each after its number.")
+    ] = 1,
+    scores: Annotated[bool, typer.Option("--scores", help="Write the score and a tab before each output.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="A table of every decoding strategy instead.")] = False,
+) -> None:
+    """Turn lines on standard input into lines on standard output, in the same order.
+
+    Every argument of generate() is an option too: --num-beams 4, --do-sample --top-p 0.9 --top-k 0,
+    --penalty-alpha 0.6 --top-k 4.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from transformers import set_seed
+    from transformers.utils.logging import disable_progress_bar
+
+    from dragoman.data.reading import read_lines
+    from dragoman.inference.translate import compare_strategies, load, translate_stream
+    from dragoman.training.arguments import parse_generation_options
+
+    own_options = [name for parameter in context.command.params for name in parameter.opts]
+    options = parse_generation_options(context.args, own_options).given()
+    if compare and (nbest > 1 or scores):
+        raise ValueError("--compare shows one output per strategy; leave out --nbest and --scores")
+    disable_progress_bar()
+    loaded, tokenizer = load(model, device)
+    if seed is not None:
+        set_seed(seed)
+    if compare:
+        sentences = list(read_lines("-"))
+        outputs = compare_strategies(loaded, tokenizer, sentences, batch_size=batch_size, scores=False, **options)
+        table = Table("source", "strategy", "output")
+        for number, sentence in enumerate(sentences):
+            for strategy, hypotheses in outputs.items():
+                table.add_row(sentence, strategy, hypotheses[number].text)
+                sentence = ""
+            table.add_section()
+        Console().print(table)
+        return
+    lines = translate_stream(
+        loaded,
+        tokenizer,
+        read_lines("-"),
+        window=1 if sys.stdin.isatty() else 2048,
+        batch_size=batch_size,
+        num_return_sequences=nbest,
+        scores=scores,
+        **options,
+    )
+    for number, hypotheses in enumerate(lines, start=1):
+        for hypothesis in hypotheses:
+            columns = [str(number)] if nbest > 1 else []
+            columns += [f"{hypothesis.score:.4f}"] if scores else []
+            text = hypothesis.text.replace("\n", " ")  # one output, one line
+            print(*columns, text, sep="\t", flush=sys.stdin.isatty())
+
+
+@app.command(context_settings=ANY_OPTION)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
+    data: Annotated[str, typer.Argument(help="Pairs: .jsonl, .tsv, embedded:NAME/SPLIT, or a text file of sources.")],
+    target: Annotated[Path | None, typer.Option(help="With a text file of sources: that of the targets.")] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="greedy, beam, sampling, contrastive, or changed: beam:num_beams=8; repeat to compare."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="bleu, chrf, ter, rouge, wer, ..., or bleu:tokenize=zh; repeat for more.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the predictions and scores.json.", show_default="MODEL/evaluation")
+    ] = None,
+    references_column: Annotated[str, typer.Option(help="Column to score against.")] = "target",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sentences decoded together.")] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+) -> None:
+    """Translate a data set, write the predictions and their scores, and print the table of the strategies.
+
+    Every argument of generate() is an option too and holds for all strategies: --max-new-tokens 80.
+    """
+    from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
+
+    from dragoman.evaluation.run import comparison_table, evaluate_model
+    from dragoman.training.arguments import parse_generation_options
+
+    own_options = [name for parameter in context.command.params for name in parameter.opts]
+    options = parse_generation_options(context.args, own_options).given()
+    disable_progress_bar()
+    folder = output or Path(model) / "evaluation"
+    chosen: dict[str, Any] = {"strategies": strategy, "metrics": metric}
+    report = evaluate_model(
+        model,
+        data if target is None else [data, target],
+        folder,
+        references_column=references_column,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        progress=True,
+        **{name: names for name, names in chosen.items() if names},
+        **options,
+    )
+    Console().print(comparison_table(report))
+    print(f"Predictions and scores.json are in {folder}")
+
+
+def main() -> None:
+    """Entry point of the `dragoman` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

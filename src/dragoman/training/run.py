@@ -1,0 +1,386 @@
+"""From an experiment to a finished model: read, encode, build, train with the stock Seq2SeqTrainer, test, save."""
+
+import errno
+import json
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from rich.console import Console
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    EarlyStoppingCallback,
+    GenerationConfig,
+    PreTrainedModel,
+    ProgressCallback,
+    Seq2SeqTrainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    set_seed,
+)
+
+from dragoman.data.collators import Seq2SeqCollator, encode_pairs
+from dragoman.data.reading import read_pairs
+from dragoman.data.tokenizers import ProcessingClass, build_tokenizer, load_tokenizer, source_and_target_tokenizer
+from dragoman.evaluation.scores import build_compute_metrics, compute_scores, headline
+from dragoman.training.arguments import Experiment, load_experiment
+
+
+EXPERIMENT_FILE = "experiment.yaml"
+COMPLETE_FILE = "complete.json"
+SPLITS = ("train", "validation", "test")
+# A new sentence may well be longer than every training target, and one that never ends must still stop.
+LENGTH_MARGIN = 1.5
+
+
+def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Run an experiment and return the folder of the finished model.
+
+    The folder holds the weights (safetensors), both configurations, the tokenizer, the modeling code,
+    `experiment.yaml`, the test scores and a model card. `complete.json` is written last, there and in every checkpoint:
+    a folder without it is unfinished.
+
+    Args:
+        resume: continue from the last complete checkpoint in the output folder; from the start if there is none.
+        overwrite: delete what an earlier run left in the output folder.
+
+    Raises:
+        ValueError: unusable data or settings, or an output folder that is in use.
+        OSError: the output folder cannot be written, or the disk is full.
+        KeyboardInterrupt: Ctrl-C; the message says how to go on.
+    """
+    arguments = experiment.training
+    output = Path(str(arguments.output_dir))
+    say: Callable[..., None] = Console(soft_wrap=True, quiet=arguments.process_index > 0).print
+    with _one_sentence_for_disk_errors(output):
+        if arguments.process_index == 0:
+            _claim(output, experiment, resume, overwrite)
+        checkpoint = last_complete_checkpoint(output) if resume else None
+    if resume:
+        say(f"Resuming from {checkpoint}" if checkpoint else f"{output} holds no complete checkpoint: starting anew")
+
+    set_seed(arguments.seed)
+    pairs = _read(experiment)
+    tokenizer = _tokenizer(experiment, pairs["train"], checkpoint)
+    compute_metrics = build_compute_metrics(tokenizer, arguments.metrics) if arguments.predict_with_generate else None
+    encoded = _encode(experiment, pairs, tokenizer, say)
+    model = build_model(experiment, tokenizer, longest_target=max(map(len, encoded["train"]["labels"])))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sizes = [f"{len(side):,}" for side in dict.fromkeys(source_and_target_tokenizer(tokenizer))]
+    say(f"vocabulary: {f'{sizes[0]} source, {sizes[1]} target' if len(sizes) == 2 else f'{sizes[0]} joint'}")
+    say(f"model: {type(model).__name__}, {parameters:,} parameters, on {arguments.device}")
+
+    companion = _Companion(experiment, model)
+    callbacks: list[TrainerCallback] = [companion]
+    if arguments.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=arguments,
+        data_collator=Seq2SeqCollator(tokenizer, model=model),
+        train_dataset=encoded["train"],
+        eval_dataset=encoded.get("validation"),
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+    )
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Progress)
+    with _one_sentence_for_disk_errors(output), companion.catching_ctrl_c():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    scores: dict[str, float] = {}
+    if "test" in encoded:
+        scores = _test(trainer, experiment, tokenizer, encoded["test"], list(pairs["test"]["target"]))
+    with _one_sentence_for_disk_errors(output):
+        trainer.save_model(str(output))
+        if arguments.process_index == 0:
+            (output / "training_args.bin").unlink()  # experiment.yaml says the same and is no pickle
+            trainer.state.save_to_json(str(output / "trainer_state.json"))
+            (output / "test_results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+            _write_model_card(output, experiment, scores, decoding_name(model.generation_config), parameters)
+            _mark_complete(output, experiment, trainer.state)
+    for name, value in scores.items():
+        say(f"test {name}: {value:.2f} ({decoding_name(model.generation_config)})")
+    say(f"\nThe model is in {output}. To use it in Python:\n")
+    say(usage(output, pairs["train"]["source"][0]), highlight=False, markup=False)
+    return output
+
+
+def build_model(experiment: Experiment, tokenizer: ProcessingClass, longest_target: int) -> PreTrainedModel:
+    """A fresh model for this tokenizer, whose `generate()` by default stops well after the longest training target.
+
+    Args:
+        longest_target: tokens of the longest training target, `</s>` included.
+
+    Raises:
+        ValueError: the configuration class refuses the sizes, or shares one embedding table between two vocabularies.
+    """
+    source, target = source_and_target_tokenizer(tokenizer)
+    special_ids = {
+        "bos_token_id": target.bos_token_id,
+        "pad_token_id": target.pad_token_id,
+        "eos_token_id": target.eos_token_id,
+        "decoder_start_token_id": target.bos_token_id,
+    }
+    sizes = {"vocab_size": len(target)}
+    if source is not target:
+        sizes["source_vocab_size"] = len(source)
+    config = experiment.model_config(**sizes, **special_ids)
+    if source is not target and config.share_embeddings:
+        raise ValueError(
+            "two vocabularies cannot share embeddings: set model.share_embeddings=false or tokenizer.joint=true"
+        )
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    settings = experiment.generation.given()
+    if "max_new_tokens" not in settings:
+        settings.setdefault("max_length", math.ceil(LENGTH_MARGIN * longest_target) + 1)  # + 1: the start token
+    model.generation_config = GenerationConfig(**special_ids, **settings)
+    # Tied weights are saved once. Named here, the Trainer does not take them for missing when it reloads a checkpoint.
+    model._keys_to_ignore_on_save.update(model.all_tied_weights_keys)
+    return model
+
+
+def last_complete_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end, or None."""
+    checkpoints = [marker.parent for marker in output.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    return max(checkpoints, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def usage(output: Path, sentence: str) -> str:
+    """Three lines of Python that load a model folder and translate a sentence."""
+    return (
+        "    from dragoman.inference import load, translate\n"
+        f"    model, tokenizer = load({str(output)!r})\n"
+        f"    print(translate(model, tokenizer, [{sentence!r}])[0][0].text)"
+    )
+
+
+def decoding_name(generation_config: GenerationConfig) -> str:
+    """How `generate()` decodes with these defaults, in words."""
+    mode = generation_config.get_generation_mode().value.replace("_", " ")
+    beams = generation_config.num_beams or 1
+    return f"{mode}, {beams} beams" if beams > 1 else mode
+
+
+class _Progress(ProgressCallback):
+    """The Trainer's progress bar, with one short line a log instead of a dictionary."""
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None:
+            hidden = ("epoch", "total_flos", "_runtime", "_per_second")
+            shown = [f"{name} {value:.4g}" for name, value in logs.items() if not name.endswith(hidden)]
+            self.training_bar.write(f"epoch {state.epoch:.2f}, step {state.global_step}: {', '.join(shown)}")
+
+
+class _Companion(TrainerCallback):
+    """Beside the Trainer: completes its checkpoints, keeps the model's generation settings, stops cleanly on Ctrl-C."""
+
+    def __init__(self, experiment: Experiment, model: PreTrainedModel) -> None:
+        self.experiment = experiment
+        self.generation_config = deepcopy(model.generation_config)
+        self.interrupted = False
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            _mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.experiment, state)
+        if self.interrupted:
+            # Raised rather than control.should_training_stop, which would first run the evaluation of an epoch's end
+            # and so make the resumed run differ from an uninterrupted one.
+            raise KeyboardInterrupt(
+                f"stopped and saved after step {state.global_step}; the same command with --resume goes on from there"
+            )
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._restore(kwargs["model"])
+
+    def on_predict(self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any) -> None:
+        self._restore(kwargs["model"])
+
+    def _restore(self, model: PreTrainedModel) -> None:
+        # Seq2SeqTrainer fills every open setting of the model with a global default (top_k 50, ...), then saves them
+        model.generation_config = deepcopy(self.generation_config)
+
+    @contextmanager
+    def catching_ctrl_c(self) -> Iterator[None]:
+        """The first Ctrl-C saves after the current step and stops; the second stops at once."""
+        if self.experiment.training.world_size > 1 or threading.current_thread() is not threading.main_thread():
+            yield  # processes stopped at different steps would wait for each other forever
+            return
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, previous)
+
+        previous = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def _claim(output: Path, experiment: Experiment, resume: bool, overwrite: bool) -> None:
+    """Make the output folder this run's own, or refuse."""
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    written = output / EXPERIMENT_FILE
+    in_use = output.is_dir() and any(output.iterdir())
+    if in_use and not (resume or overwrite):
+        raise ValueError(f"{output} is not empty: --resume goes on with its run, --overwrite deletes it")
+    if in_use and not written.is_file():
+        raise ValueError(
+            f"{output} is not empty and holds no {EXPERIMENT_FILE}, so no run of dragoman made it; choose another"
+        )
+    if in_use and overwrite:
+        shutil.rmtree(output)
+    if in_use and resume:
+        before = load_experiment(written).given
+        changed = [
+            f"{section}.{key}"
+            for section in ("model", "data", "tokenizer")
+            for key in sorted({**before.get(section, {}), **experiment.given.get(section, {})})
+            if before.get(section, {}).get(key) != experiment.given.get(section, {}).get(key)
+        ]
+        if changed:
+            raise ValueError(f"cannot resume {output}: it was started with another {', '.join(changed)}")
+        (output / COMPLETE_FILE).unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    experiment.save(written)
+
+
+def _read(experiment: Experiment) -> dict[str, Dataset]:
+    data = experiment.data
+    specs = {split: getattr(data, split) for split in SPLITS}
+    return {
+        split: read_pairs(spec, source_column=data.source_column, target_column=data.target_column)
+        for split, spec in specs.items()
+        if spec is not None
+    }
+
+
+def _tokenizer(experiment: Experiment, pairs: Dataset, checkpoint: Path | None) -> ProcessingClass:
+    settings = vars(experiment.tokenizer).copy()
+    path = settings.pop("path")
+    if checkpoint is not None:
+        return load_tokenizer(checkpoint)
+    if path is not None:
+        return load_tokenizer(path)
+    try:
+        return build_tokenizer(pairs, **settings)
+    except ValueError as error:
+        raise ValueError(f"tokenizer: {error}") from error
+
+
+def _encode(
+    experiment: Experiment, pairs: dict[str, Dataset], tokenizer: ProcessingClass, say: Callable[..., None]
+) -> dict[str, Dataset]:
+    data = experiment.data
+    encoded = {}
+    for split, dataset in pairs.items():
+        limits: dict[str, Any] = {}
+        if split == "train":  # a score must count every pair, so nothing is left out of the other two
+            limits = {
+                "max_source_length": data.max_source_length,
+                "max_target_length": data.max_target_length,
+                "overlong": data.overlong,
+                "empty": data.empty,
+            }
+        try:
+            encoded[split], report = encode_pairs(dataset, tokenizer, **limits)
+        except ValueError as error:
+            raise ValueError(f"data.{split}: {error}") from error
+        if report.kept == 0:
+            raise ValueError(f"data.{split}: no pair is left; {report}")
+        say(f"{split}: {report}")
+    return encoded
+
+
+def _test(
+    trainer: Seq2SeqTrainer, experiment: Experiment, tokenizer: ProcessingClass, dataset: Dataset, references: list[str]
+) -> dict[str, float]:
+    """Score the test set against its texts, decoded as the saved model decodes by default."""
+    arguments = experiment.training
+    arguments.predict_with_generate = True
+    arguments.train_sampling_strategy = "sequential"  # grouping by length would reorder the predictions too
+    trainer.compute_metrics = None  # it would score against decoded labels
+    predicted = trainer.predict(dataset, num_beams=experiment.generation.num_beams or 1).predictions
+    _, target_tokenizer = source_and_target_tokenizer(tokenizer)
+    ids = np.where(predicted == -100, target_tokenizer.pad_token_id, predicted)
+    texts = target_tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return headline(compute_scores(texts, references, arguments.metrics))
+
+
+def _mark_complete(folder: Path, experiment: Experiment, state: TrainerState) -> None:
+    experiment.save(folder / EXPERIMENT_FILE)
+    marker = {"step": state.global_step, "epoch": state.epoch, "best_validation": state.best_metric}
+    (folder / COMPLETE_FILE).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _one_sentence_for_disk_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save and safetensors report a full disk in their own exceptions, without an errno
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if full or (not isinstance(error, OSError) and _is_full(output)):
+            raise OSError(f"the disk of {output} is full; make room and go on with --resume") from error
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise OSError(f"cannot write to {output}: {error.strerror}") from error
+        raise
+
+
+def _is_full(folder: Path) -> bool:
+    return folder.is_dir() and shutil.disk_usage(folder).free < 1 << 20
+
+
+def _write_model_card(
+    output: Path, experiment: Experiment, scores: dict[str, float], decoding: str, parameters: int
+) -> None:
+    data = experiment.data
+    results = [
+        EvalResult(
+            task_type="translation",
+            dataset_type="text",
+            dataset_name=str(data.test),
+            metric_type=name,
+            metric_value=round(value, 2),
+        )
+        for name, value in scores.items()
+    ]
+    header = ModelCardData(
+        library_name="transformers",
+        tags=["dragoman", "encoder-decoder"],
+        model_name=output.name,
+        eval_results=results or None,
+    )
+    sections = [
+        f"# {output.name}",
+        f"An encoder-decoder of type `{experiment.model['model_type']}` with {parameters:,} parameters, trained from "
+        f"scratch with Dragoman on `{data.train}`. `{EXPERIMENT_FILE}` in this folder holds every setting.",
+    ]
+    if scores:
+        rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in scores.items())
+        sections.append(f"On `{data.test}` ({decoding}):\n\n| metric | score |\n|---|---|\n{rows}")
+    sections.append(
+        "With the package installed, `import dragoman` makes `AutoModelForSeq2SeqLM.from_pretrained` load this folder; "
+        "without it, pass `trust_remote_code=True`, and the modeling code beside the weights is used."
+    )
+    ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(output / "README.md")
