@@ -182,11 +182,6 @@ def contrastive_search(
 
     Args and result as for the loops of `GenerationMixin`; `scores` are the processed logits, as in greedy search.
     """
-    if generation_config.num_return_sequences > 1:
-        raise ValueError(
-            f"contrastive search finds one sequence per source, not num_return_sequences="
-            f"{generation_config.num_return_sequences}: use beams or sampling for several."
-        )
     cache = model_kwargs.get("past_key_values")
     if cache is not None and isinstance(target_side(cache), StaticCache):
         raise ValueError("contrastive search needs a cache that can grow: leave out cache_implementation='static'.")

@@ -5,6 +5,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
+from .positions import count_positions
+
 
 # Shapes: B sources, g target rows per source, T target length of this call, S source length, D model width.
 # A mask comes from the user as (B, S) or (B, T), true where there is a token, or as a finished 4-D mask: boolean (true
@@ -37,7 +39,7 @@ def cross_mask(
     encoder_hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cross_attention_mask: torch.Tensor | None,
-    past_length,
+    position_ids: torch.Tensor,
     segment_ids: torch.Tensor | None,
     encoder_segment_ids: torch.Tensor | None,
 ):
@@ -59,7 +61,9 @@ def cross_mask(
 
     conditions = []
     if config.attention_direction == "unidirectional":
-        conditions.append(lambda b, h, q, s: s <= past_length + q % length)
+        rows = position_ids.expand(embeds.shape[:2]).reshape(sources, -1)  # (B, g * T)
+        number = count_positions(encoder_hidden_states, attention_mask, encoder_segment_ids).expand(sources, -1)
+        conditions.append(lambda b, h, q, s: number[b, s] <= rows[b, q])
     if segment_ids is not None:
         if encoder_segment_ids is None:
             raise ValueError("decoder_segment_ids are given without segment_ids: packed targets need packed sources.")

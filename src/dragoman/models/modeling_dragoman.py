@@ -31,7 +31,13 @@ from .configuration_dragoman import DragomanConfig
 from .generation import DragomanGenerationMixin
 from .loss import next_token_loss
 from .masks import cross_mask, decoder_self_mask, encoder_self_mask
-from .positions import DragomanRotaryEmbedding, LearnedPositions, RelativePositionBias, SinusoidalPositions
+from .positions import (
+    DragomanRotaryEmbedding,
+    LearnedPositions,
+    RelativePositionBias,
+    SinusoidalPositions,
+    count_positions,
+)
 
 
 # Shapes: B sources, g target rows per source (beams), S source length, T target length, D model width, V vocabulary.
@@ -229,24 +235,17 @@ class DragomanStack(DragomanPreTrainedModel):
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def positions(self, embeds, position_ids, attention_mask, segment_ids, past_length=0) -> torch.Tensor:
-        """Positions (B or 1, T): given, or counted over real tokens, so that padding on either side changes nothing."""
-        length = embeds.shape[1]
+        """Positions (B or 1, T): those given, else counted."""
         if isinstance(self.embed_positions, LearnedPositions) and isinstance(past_length, int):
-            limit = self.config.max_position_embeddings
-            if past_length + length > limit:
+            length, limit = past_length + embeds.shape[1], self.config.max_position_embeddings
+            if length > limit:
                 raise ValueError(
-                    f"{type(self).__name__} got a sequence of {past_length + length} tokens, but it has learned "
-                    f"{limit} positions (max_position_embeddings): shorten the sequence or train with more positions."
+                    f"{type(self).__name__} got a sequence of {length} tokens, but it has learned {limit} positions "
+                    "(max_position_embeddings): shorten the sequence, or train with more positions."
                 )
         if position_ids is not None:
             return position_ids
-        if segment_ids is not None:  # count from the start of each segment
-            count = torch.arange(length, device=embeds.device).expand_as(segment_ids)
-            starts = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)).long() * count
-            return count - starts.cummax(dim=1).values
-        if attention_mask is not None and attention_mask.ndim == 2:
-            return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
-        return torch.arange(length, device=embeds.device)[None] + past_length
+        return count_positions(embeds, attention_mask, segment_ids, past_length)
 
     def enter(self, embeds, position_ids) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """What the first layer receives (B, T, D), and the rotary angles for every layer."""
@@ -352,7 +351,7 @@ class DragomanDecoder(DragomanStack):
             encoder_hidden_states,
             encoder_attention_mask,
             cross_attention_mask,
-            past_length,
+            position_ids,
             segment_ids,
             encoder_segment_ids,
         )

@@ -11,6 +11,24 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 # Shapes: B batch, T positions asked for, K keys, H heads, D model width, d head width.
 
 
+def count_positions(embeds, attention_mask=None, segment_ids=None, past_length=0) -> torch.Tensor:
+    """
+    The number of each token in its sequence, (B, T) or (1, T): padding on either side is not counted, and every
+    segment of a packed row begins anew.
+
+    Args:
+        embeds (B, T, D): gives length and device; attention_mask (B, past + T); segment_ids (B, T).
+    """
+    length = embeds.shape[1]
+    count = torch.arange(length, device=embeds.device)[None]
+    if segment_ids is not None:
+        starts = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)).long() * count
+        return count - starts.cummax(dim=1).values
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+    return count + past_length
+
+
 class SinusoidalPositions(nn.Module):
     """
     Fixed sine and cosine waves, added to the embeddings (Vaswani 2017, section 3.5). Computed where they are needed,

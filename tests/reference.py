@@ -1,0 +1,304 @@
+"""
+Slow and obvious versions of what the package does fast, written from the formulas: one sentence at a time, loops over
+heads and positions, no masks, no caches.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+
+# ---------------------------------------------------------------- the Transformer, from a state dict and a config
+
+
+def transformer_logits(model, source: list[int], target: list[int]) -> torch.Tensor:
+    """Logits (T, V) of one unpadded pair; `target` begins with the start token."""
+    return _head(model, transformer_states(model, source, target))
+
+
+def transformer_states(model, source: list[int], target: list[int]) -> torch.Tensor:
+    """Decoder states (T, D) after the final norm."""
+    weights, config = _weights(model), model.config
+    memory = _stack(weights, config, "encoder", source, None)
+    return _stack(weights, config, "decoder", target, memory)
+
+
+def _weights(model):
+    return dict(model.named_parameters(remove_duplicate=False))  # tied tables appear under each of their names
+
+
+def _head(model, states):
+    weights, scale = _weights(model), model.config.logit_scale or 1.0
+    logits = (states * scale) @ weights["lm_head.weight"].T
+    return logits + weights["lm_head.bias"] if "lm_head.bias" in weights else logits
+
+
+def _stack(weights, config, side, ids, memory):
+    prefix = f"model.{side}."
+    x = weights[prefix + "embed_tokens.weight"][ids]
+    width = x.shape[-1]
+    if config.scale_embedding:
+        x = x * math.sqrt(width)
+    if config.position_embedding_type == "sinusoidal":
+        x = x + sinusoids(len(ids), width, config.sinusoid_layout).to(x)
+    if config.position_embedding_type == "learned":
+        x = x + weights[prefix + "embed_positions.weight"][: len(ids)]
+    if config.embedding_norm:
+        x = _norm(weights, config, prefix + "embedding_norm", x)
+    for index in range(getattr(config, f"{side}_layers")):
+        layer = f"{prefix}layers.{index}."
+        sublayers = [("self_attn", lambda y, name: _attention(weights, config, side, name, y, y, side == "decoder"))]
+        if memory is not None:
+            sublayers.append(("cross_attn", lambda y, name: _attention(weights, config, side, name, y, memory, None)))
+        sublayers.append(("mlp", lambda y, name: _mlp(weights, config, name, y)))
+        for name, sublayer in sublayers:
+            if config.norm_position == "pre":
+                x = x + sublayer(_norm(weights, config, f"{layer}{name}_norm", x), layer + name)
+            else:
+                x = _norm(weights, config, f"{layer}{name}_norm", x + sublayer(x, layer + name))
+    return _norm(weights, config, prefix + "norm", x) if config.final_norm else x
+
+
+def sinusoids(length: int, width: int, layout: str) -> torch.Tensor:
+    table = torch.zeros(length, width, dtype=torch.float64)
+    for position in range(length):
+        for pair in range(width // 2):
+            angle = position / 10000 ** (2 * pair / width)
+            sine, cosine = (2 * pair, 2 * pair + 1) if layout == "interleaved" else (pair, width // 2 + pair)
+            table[position, sine], table[position, cosine] = math.sin(angle), math.cos(angle)
+    return table
+
+
+def _linear(weights, name, x):
+    y = x @ weights[name + ".weight"].T
+    return y + weights[name + ".bias"] if name + ".bias" in weights else y
+
+
+def _norm(weights, config, name, x):
+    if config.norm_type == "layernorm":
+        centered = x - x.mean(-1, keepdim=True)
+        scaled = centered / (centered.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt()
+        return scaled * weights[name + ".weight"] + weights[name + ".bias"]
+    return _rms(x, weights[name + ".weight"], config.norm_eps)
+
+
+def _rms(x, weight, eps):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def _activation(config, x):
+    if config.activation_function == "relu":
+        return x.clamp(min=0)
+    if config.activation_function == "gelu":
+        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    assert config.activation_function == "silu"
+    return x / (1 + torch.exp(-x))
+
+
+def _mlp(weights, config, name, x):
+    up = _linear(weights, name + ".up_proj", x)
+    if config.gated_mlp:
+        inner = _activation(config, _linear(weights, name + ".gate_proj", x)) * up
+    else:
+        inner = _activation(config, up)
+    return _linear(weights, name + ".down_proj", inner)
+
+
+def _rotate(vector, position, theta):
+    half = len(vector) // 2
+    turned = torch.empty_like(vector)
+    for i in range(half):
+        # The library keeps frequencies in single precision, as Transformers does everywhere.
+        frequency = (theta ** -(torch.tensor(2 * i, dtype=torch.float32) / len(vector))).double()
+        cosine, sine = torch.cos(position * frequency), torch.sin(position * frequency)
+        turned[i] = vector[i] * cosine - vector[i + half] * sine
+        turned[i + half] = vector[i + half] * cosine + vector[i] * sine
+    return turned
+
+
+def relative_bucket(distance: int, bidirectional: bool, num_buckets: int, max_distance: int) -> int:
+    """Raffel 2020: `distance` is key position minus query position."""
+    bucket = 0
+    if bidirectional:
+        num_buckets //= 2
+        if distance > 0:
+            bucket += num_buckets
+        distance = abs(distance)
+    else:
+        distance = max(-distance, 0)
+    exact = num_buckets // 2
+    if distance < exact:
+        return bucket + distance
+    wide = exact + int(math.log(distance / exact) / math.log(max_distance / exact) * (num_buckets - exact))
+    return bucket + min(wide, num_buckets - 1)
+
+
+def _attention(weights, config, side, name, x, memory, causal):
+    """`causal` is None for cross-attention."""
+    heads, groups = getattr(config, f"{side}_attention_heads"), getattr(config, f"{side}_num_key_value_heads")
+    size = getattr(config, f"{side}_head_dim")
+    queries = _linear(weights, name + ".q_proj", x).view(len(x), heads, size)
+    keys = _linear(weights, name + ".k_proj", memory).view(len(memory), groups, size)
+    values = _linear(weights, name + ".v_proj", memory).view(len(memory), groups, size)
+    scale = size**-0.5 if config.attention_scaling is None else config.attention_scaling
+    output = torch.zeros(len(x), heads, size, dtype=x.dtype)
+    for head in range(heads):
+        group = head // (heads // groups)
+        for t in range(len(x)):
+            scores = []
+            for s in range(len(memory)):
+                unseen = (causal and s > t) or (
+                    causal is None and config.attention_direction == "unidirectional" and s > t
+                )
+                query, key = queries[t, head], keys[s, group]
+                if config.qk_norm:
+                    query = _rms(query, weights[name + ".q_norm.weight"], config.norm_eps)
+                    key = _rms(key, weights[name + ".k_norm.weight"], config.norm_eps)
+                if config.position_embedding_type == "rotary" and causal is not None:
+                    theta = config.rope_parameters["rope_theta"]
+                    query, key = _rotate(query, t, theta), _rotate(key, s, theta)
+                score = query @ key * scale
+                if config.position_embedding_type == "relative" and causal is not None:
+                    bucket = relative_bucket(
+                        s - t, side == "encoder", config.relative_num_buckets, config.relative_max_distance
+                    )
+                    score = score + weights[f"model.{side}.relative_bias.weight.weight"][bucket, head]
+                scores.append(torch.full_like(score, -math.inf) if unseen else score)
+            probabilities = torch.stack(scores).softmax(dim=0)
+            for s in range(len(memory)):
+                output[t, head] += probabilities[s] * values[s, group]
+    return _linear(weights, name + ".o_proj", output.reshape(len(x), heads * size))
+
+
+# ---------------------------------------------------------------- whole classes, as the founding texts describe them
+
+
+class PlainAttention(nn.Module):
+    """softmax(Q K^T / sqrt(d_k)) V per head, heads concatenated and projected (Vaswani 2017, section 3.2)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x, memory, mask):
+        size = x.shape[-1] // self.heads
+        q, k, v = self.query(x), self.key(memory), self.value(memory)
+        outputs = []
+        for head in range(self.heads):
+            part = slice(head * size, (head + 1) * size)
+            scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(size)
+            outputs.append(scores.masked_fill(~mask, -math.inf).softmax(-1) @ v[..., part])
+        return self.out(torch.cat(outputs, dim=-1))
+
+
+class PlainLayer(nn.Module):
+    def __init__(self, width, heads, inner, activation, pre_norm, cross):
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.self_attention = PlainAttention(width, heads)
+        self.cross_attention = PlainAttention(width, heads) if cross else None
+        self.feed_forward = nn.Sequential(nn.Linear(width, inner), activation, nn.Linear(inner, width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in range(3 if cross else 2))
+
+    def forward(self, x, mask, memory=None, memory_mask=None):
+        sublayers = [lambda y: self.self_attention(y, y, mask)]
+        if self.cross_attention is not None:
+            sublayers.append(lambda y: self.cross_attention(y, memory, memory_mask))
+        sublayers.append(self.feed_forward)
+        for norm, sublayer in zip(self.norms, sublayers, strict=True):
+            x = x + sublayer(norm(x)) if self.pre_norm else norm(x + sublayer(x))
+        return x
+
+
+class PlainTransformer(nn.Module):
+    """
+    The two Transformers of the founding texts as one ordinary module.
+
+    post-norm: shared, scaled embeddings that are also the output layer; no final norms; ReLU.
+    pre-norm: embeddings of their own for both sides, not scaled; final norms; untied output layer with bias; GELU.
+    """
+
+    def __init__(
+        self, source_vocab, target_vocab, width, heads, encoder_layers, decoder_layers, inner, inner_decoder, pre_norm
+    ):
+        super().__init__()
+        self.pre_norm, self.width = pre_norm, width
+        activation = nn.GELU() if pre_norm else nn.ReLU()
+        self.source_embedding = nn.Embedding(source_vocab, width)
+        self.target_embedding = nn.Embedding(target_vocab, width) if pre_norm else self.source_embedding
+        self.encoder = nn.ModuleList(
+            PlainLayer(width, heads, inner, activation, pre_norm, cross=False) for _ in range(encoder_layers)
+        )
+        self.decoder = nn.ModuleList(
+            PlainLayer(width, heads, inner_decoder, activation, pre_norm, cross=True) for _ in range(decoder_layers)
+        )
+        if pre_norm:
+            self.encoder_norm, self.decoder_norm = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+            self.output = nn.Linear(width, target_vocab)
+
+    def forward(self, source, target, source_mask):
+        scale = 1.0 if self.pre_norm else math.sqrt(self.width)
+        padding = source_mask.bool()[:, None, :]  # (B, 1, S)
+        look_ahead = torch.ones(target.shape[1], target.shape[1]).tril().bool()[None]  # (1, T, T)
+        table = sinusoids(5000, self.width, "interleaved")
+        x = self.source_embedding(source) * scale + table[: source.shape[1]]
+        for layer in self.encoder:
+            x = layer(x, padding)
+        memory = self.encoder_norm(x) if self.pre_norm else x
+        y = self.target_embedding(target) * scale + table[: target.shape[1]]
+        for layer in self.decoder:
+            y = layer(y, look_ahead, memory, padding)
+        if self.pre_norm:
+            return self.output(self.decoder_norm(y))
+        return y @ self.target_embedding.weight.T
+
+
+# ---------------------------------------------------------------- decoding
+
+
+@torch.no_grad()
+def contrastive_search(model, input_ids, attention_mask, penalty_alpha, top_k, max_new_tokens, start, eos, pad):
+    """
+    Su 2022, equation 5, by brute force: one sentence at a time, every candidate appended to the whole prefix and the
+    whole prefix run through the model again.
+    """
+
+    def run(source, target):
+        outputs = model(input_ids=source, decoder_input_ids=target, use_cache=False, output_hidden_states=True)
+        return outputs.logits[0, -1], outputs.decoder_hidden_states[-1][0]
+
+    sequences = []
+    for row in range(len(input_ids)):
+        source = input_ids[row : row + 1, attention_mask[row].bool()]
+        target = torch.tensor([[start]])
+        for _ in range(max_new_tokens):
+            logits, states = run(source, target)
+            probabilities, candidates = logits.softmax(-1).topk(top_k)
+            scores = []
+            for probability, candidate in zip(probabilities, candidates, strict=True):
+                _, longer = run(source, torch.cat((target, candidate.view(1, 1)), dim=1))
+                cosines = [nn.functional.cosine_similarity(longer[-1], earlier, dim=0) for earlier in states]
+                scores.append((1 - penalty_alpha) * probability - penalty_alpha * max(cosines))
+            chosen = candidates[torch.stack(scores).argmax()]
+            target = torch.cat((target, chosen.view(1, 1)), dim=1)
+            if chosen == eos:
+                break
+        sequences.append(target[0])
+    return nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad)
+
+
+# ---------------------------------------------------------------- loss
+
+
+def next_token_loss(logits, labels, label_smoothing=0.0):
+    """Mean over the labels that are not -100 of -(1 - e) log p(label) - e / V * sum_v log p(v)."""
+    total, count = torch.zeros((), dtype=logits.dtype), 0
+    for row in range(labels.shape[0]):
+        for t in range(labels.shape[1]):
+            if labels[row, t] != -100:
+                log_p = logits[row, t] - logits[row, t].exp().sum().log()
+                total = total - (1 - label_smoothing) * log_p[labels[row, t]] - label_smoothing * log_p.mean()
+                count += 1
+    return total / count
