@@ -24,8 +24,8 @@ SOURCES = [source for source, _ in PAIRS]
 TARGETS = [target for _, target in PAIRS]
 
 
-def learned_by_heart(two_vocabularies: bool = False, **options):
-    """-> (model in evaluation mode, tokenizer or processor)"""
+def learned_by_heart(two_vocabularies: bool = False, kind: str = "word", **options):
+    """-> (model in evaluation mode, tokenizer of that kind, or processor of characters and words)"""
     torch.manual_seed(0)
     if two_vocabularies:
         processing_class = DragomanProcessor(train_tokenizer(SOURCES, "char"), train_tokenizer(TARGETS, "word"))
@@ -35,7 +35,7 @@ def learned_by_heart(two_vocabularies: bool = False, **options):
             "share_embeddings": False,
         }
     else:
-        processing_class = train_tokenizer(SOURCES + TARGETS, "word")
+        processing_class = train_tokenizer(SOURCES + TARGETS, kind)
         sizes = {"vocab_size": len(processing_class)}
     config = DragomanConfig(
         **sizes,

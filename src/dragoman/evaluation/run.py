@@ -68,11 +68,12 @@ def evaluate_model(
     # Everything that can be wrong in the call is found before the first sentence is decoded.
     check_metrics(metrics)
     table = {name: generation_arguments | strategy_arguments(name) for name in strategies}
+    data_name = "a dataset in memory" if isinstance(data, Dataset | IterableDataset) else str(data)
     pairs = read_pairs(data)
     if isinstance(pairs, IterableDataset):
         pairs = Dataset.from_list(list(pairs))
     if references_column not in pairs.column_names:
-        raise ValueError(f"{data} has no column {references_column!r}: it has {', '.join(pairs.column_names)}.")
+        raise ValueError(f"{data_name} has no column {references_column!r}: it has {', '.join(pairs.column_names)}.")
     sources, references = pairs["source"][:], pairs[references_column][:]
     loaded, processing_class = load(model, device, dtype)
     for arguments in table.values():
@@ -82,7 +83,7 @@ def evaluate_model(
 
     report: dict[str, Any] = {
         "model": str(model),
-        "data": "a dataset in memory" if isinstance(data, Dataset | IterableDataset) else str(data),
+        "data": data_name,
         "rows": len(sources),
         "settings": {
             "metrics": list(metrics),
@@ -153,11 +154,11 @@ def comparison_table(report: dict[str, Any]) -> Table:
     results = report["strategies"]
     figures = list(next(iter(results.values()))["headline"])
     table.add_column("strategy", overflow="fold", min_width=11)
-    for column in (*figures, "seconds", "sent./s"):
+    for column in (*figures, "seconds"):
         table.add_column(column.replace("_", "\n"), justify="right", no_wrap=True)
     for name, result in results.items():
         values = [
             f"{result['headline'][key]:.{2 if key.split(':')[0] in ('bleu', 'chrf', 'ter') else 3}f}" for key in figures
         ]
-        table.add_row(name, *values, f"{result['seconds']:.1f}", f"{result['sentences_per_second']:.1f}")
+        table.add_row(name, *values, f"{result['seconds']:.1f}")
     return table

@@ -9,7 +9,7 @@ from .common import check_predictions, unicode_words
 _DESCRIPTION = """
 Two opposite faults of generation, measured without references. distinct-n (Li et al. 2016): different n-grams over all
 predictions divided by all n-grams; low when a system says the same everywhere; it falls as the number of predictions
-grows, so compare equal inputs. rep-n (Welleck et al. 2020, section 6; Su et al. 2022, section 5): 1 - different / all
+grows, so compare equal inputs. rep-n (Welleck et al. 2020; Su et al. 2022): 1 - different / all
 n-grams *within* a text, for n = 2, 3, 4; high when a system loops. Here both counts are summed over the texts before
 dividing, so that a long loop weighs by its length and texts shorter than n count nothing (Welleck et al. average the
 rates of the texts). diversity = (1 - rep-2)(1 - rep-3)(1 - rep-4). Words are runs of letters and digits of any script,

@@ -1,0 +1,379 @@
+"""Sentences to sentences: order, n-best, scores, streams, loading, and what is refused."""
+
+import functools
+import itertools
+import math
+import sys
+
+import pytest
+import torch
+from transformers import BartConfig, BartForConditionalGeneration, GenerationMixin, GPT2Config, GPT2LMHeadModel
+
+from dragoman import DragomanForConditionalGeneration
+from dragoman.data.tokenizers import train_tokenizer
+from dragoman.inference import (
+    STRATEGIES,
+    compare_strategies,
+    load,
+    score,
+    strategy_arguments,
+    translate,
+    translate_stream,
+)
+from inference.tiny import SOURCES, TARGETS, learned_by_heart
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["one_vocabulary", "two_vocabularies"])
+def tiny(request):
+    return learned_by_heart(request.param)
+
+
+def texts(outputs):
+    return [[hypothesis.text for hypothesis in found] for found in outputs]
+
+
+def log_probability_step_by_step(model, source_ids, target_ids):
+    """One token at a time, without a cache, without batching."""
+    total, prefix = 0.0, [model.config.decoder_start_token_id]
+    for token in target_ids:
+        logits = model(input_ids=torch.tensor([source_ids]), decoder_input_ids=torch.tensor([prefix])).logits[0, -1]
+        total += logits.log_softmax(-1)[token].item()
+        prefix.append(token)
+    return total
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_order_and_empty_lines(tiny, batch_size):
+    sentences = ["", *SOURCES[:4], "  ", *SOURCES[4:], ""]
+    expected = ["", *TARGETS[:4], "", *TARGETS[4:], ""]
+    outputs = translate(*tiny, sentences, batch_size=batch_size)
+    assert texts(outputs) == [[text] for text in expected]
+    assert (outputs[0][0].score, outputs[0][0].log_probability, outputs[0][0].token_ids) == (0.0, 0.0, [])
+    assert all(best.token_ids[-1] == 2 for (best,) in outputs if best.text)
+
+
+def test_only_empty_lines_and_none_at_all(tiny):
+    assert texts(translate(*tiny, ["", " "], num_beams=3, num_return_sequences=3)) == [[""] * 3] * 2
+    assert translate(*tiny, []) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_beams": 4, "length_penalty": 0.6},
+        {"num_beams": 3, "num_return_sequences": 3},
+        {"do_sample": True, "temperature": 3.0, "num_return_sequences": 2},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"max_new_tokens": 2},
+    ],
+)
+def test_scores_are_those_of_the_model(tiny, arguments):
+    model, processing_class = tiny
+    outputs = translate(model, processing_class, SOURCES, batch_size=4, **arguments)
+    for source, found in zip(SOURCES, outputs, strict=True):
+        assert len(found) == arguments.get("num_return_sequences", 1)
+        for hypothesis in found:
+            ids = processing_class(text=source)["input_ids"]
+            total = log_probability_step_by_step(model, ids, hypothesis.token_ids)
+            assert hypothesis.log_probability == pytest.approx(total, abs=1e-4)
+            length = len(hypothesis.token_ids) ** arguments.get("length_penalty", 1.0)
+            assert hypothesis.score == pytest.approx(total / length, abs=1e-4)
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0])
+def test_nbest_has_the_scores_and_the_order_of_beam_search(tiny, length_penalty):
+    model, processing_class = tiny
+    arguments = {"num_beams": 4, "num_return_sequences": 3, "length_penalty": length_penalty}
+    batch = processing_class(SOURCES, padding=True, return_tensors="pt")
+    stock = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        return_dict_in_generate=True,
+        output_scores=True,
+        **arguments,
+    )
+    outputs = translate(model, processing_class, SOURCES, batch_size=3, **arguments)
+    hypotheses = list(itertools.chain(*outputs))
+    assert [found[0].text for found in outputs] == TARGETS
+    assert [hypothesis.score for hypothesis in hypotheses] == pytest.approx(stock.sequences_scores.tolist(), abs=1e-4)
+    for hypothesis, row in zip(hypotheses, stock.sequences.tolist(), strict=True):
+        assert hypothesis.token_ids == row[1 : 1 + len(hypothesis.token_ids)]
+    for found in outputs:
+        assert [hypothesis.score for hypothesis in found] == sorted((h.score for h in found), reverse=True)
+
+
+def test_large_vocabularies_are_scored_in_parts(tiny, monkeypatch):
+    arguments = {"num_beams": 2, "num_return_sequences": 2}
+    at_once = translate(*tiny, SOURCES, **arguments)
+    monkeypatch.setattr(sys.modules["dragoman.inference.translate"], "_LOGITS_AT_ONCE", 1)
+    in_parts = translate(*tiny, SOURCES, **arguments)
+    for one, other in zip(itertools.chain(*at_once), itertools.chain(*in_parts), strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.score == pytest.approx(other.score, abs=1e-5)
+
+
+def test_scores_later(tiny):
+    sentences = [SOURCES[0], "", SOURCES[4]]
+    arguments = {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 0.3}
+    outputs = translate(*tiny, sentences, scores=False, **arguments)
+    assert all(hypothesis.score is hypothesis.log_probability is None for found in outputs for hypothesis in found)
+    score(*tiny, sentences, outputs, length_penalty=0.3)
+    for found, expected in zip(outputs, translate(*tiny, sentences, **arguments), strict=True):
+        assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=1e-5)
+
+
+def test_lengths_given_in_the_call_win():
+    model, tokenizer = learned_by_heart()
+    longest = SOURCES[4]  # six words and </s>
+    model.generation_config.max_length, model.generation_config.max_new_tokens = 11, None
+    assert len(translate(model, tokenizer, [longest], max_new_tokens=3)[0][0].token_ids) == 3
+    model.generation_config.max_length, model.generation_config.max_new_tokens = None, 11
+    assert len(translate(model, tokenizer, [longest], max_length=3)[0][0].token_ids) == 2  # the start token counts
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beam", "contrastive"])
+def test_stop_strings(strategy):
+    model, tokenizer = learned_by_heart(kind="char")
+    model.generation_config.max_length = 40
+    arguments = strategy_arguments(strategy)
+    for stop, text in ((None, TARGETS[4]), (["rossa", "x"], "una casa rossa")):
+        ((best,),) = translate(model, tokenizer, [SOURCES[4]], stop_strings=stop, **arguments)
+        assert best.text == text
+        assert len(best.token_ids) == len(text) + (stop is None)
+
+
+def test_dropout_is_off_and_the_mode_is_left_as_it_was():
+    model, tokenizer = learned_by_heart()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.9
+    model.train()
+    outputs = translate(model, tokenizer, SOURCES)
+    assert texts(outputs) == [[target] for target in TARGETS]
+    assert model.training
+    assert outputs[0][0].score == translate(model, tokenizer, SOURCES)[0][0].score
+
+
+class TestStream:
+    def test_endless_input_is_read_a_window_at_a_time(self, tiny):
+        read = []
+
+        def endless():
+            for number in itertools.count():
+                read.append(number)
+                yield SOURCES[number % 10] if number % 11 else ""
+
+        stream = translate_stream(*tiny, endless(), window=7, batch_size=3, scores=False)
+        assert read == []
+        for number, ((best,)) in enumerate(itertools.islice(stream, 30)):
+            assert best.text == (TARGETS[number % 10] if number % 11 else "")
+            assert len(read) == 7 * (number // 7 + 1)
+
+    def test_a_window_of_one_answers_each_line(self, tiny):
+        lines = iter(SOURCES)
+        stream = translate_stream(*tiny, lines, window=1)
+        assert next(stream)[0].text == TARGETS[0]
+        assert next(lines) == SOURCES[1]
+
+    def test_arguments_are_checked_before_the_first_line(self, tiny):
+        with pytest.raises(ValueError, match="there is no generation argument 'beams'"):
+            translate_stream(*tiny, iter([]), beams=3)
+
+    def test_errors_count_lines_over_all_windows(self, tiny):
+        stream = translate_stream(*tiny, [*SOURCES[:5], None], window=2)
+        with pytest.raises(ValueError, match="line 6 is None: each has to be a string"):
+            list(stream)
+
+
+def test_progress_goes_to_standard_error(tiny, capsys):
+    translate(*tiny, SOURCES, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "translating" in err
+    assert "10/10" in err
+    translate(*tiny, SOURCES)
+    assert capsys.readouterr() == ("", "")
+
+
+class TestStrategies:
+    def test_names_and_changes(self):
+        assert strategy_arguments("beam") == STRATEGIES["beam"]
+        assert strategy_arguments("beam: num_beams=8, length_penalty=0.8") == {
+            "num_beams": 8,
+            "do_sample": False,
+            "length_penalty": 0.8,
+        }
+        assert strategy_arguments("greedy:suppress_tokens=[5,6]")["suppress_tokens"] == [5, 6]
+        assert STRATEGIES["beam"] == {"num_beams": 4, "do_sample": False}
+
+    def test_mistakes(self):
+        with pytest.raises(ValueError, match="there is no decoding strategy 'contrast': did you mean 'contrastive'"):
+            strategy_arguments("contrast")
+        with pytest.raises(ValueError, match="'beam:8': the option '8' has to be written key=value"):
+            strategy_arguments("beam:8")
+
+    def test_each_name_is_its_mode_whatever_was_saved(self, monkeypatch):
+        model, tokenizer = learned_by_heart()
+        model.generation_config.update(num_beams=3, do_sample=True, top_k=7)
+        modes = []
+
+        def spied(owner, name):
+            loop = vars(owner)[name]
+
+            @functools.wraps(loop)
+            def spy(*args, generation_config, **kwargs):
+                modes.append((name, generation_config.num_beams, generation_config.do_sample))
+                return loop(*args, generation_config=generation_config, **kwargs)
+
+            monkeypatch.setattr(owner, name, spy)
+
+        spied(GenerationMixin, "_sample")
+        spied(GenerationMixin, "_beam_search")
+        spied(sys.modules["dragoman.models.generation"], "contrastive_search")
+        outputs = compare_strategies(model, tokenizer, SOURCES[:2], scores=False)
+        assert list(outputs) == ["greedy", "beam", "sampling", "contrastive"]
+        assert modes == [
+            ("_sample", 1, False),
+            ("_beam_search", 4, False),
+            ("_sample", 1, True),
+            ("contrastive_search", 1, False),
+        ]
+        for found in outputs.values():
+            assert [hypothesis.text for hypothesis in found] == TARGETS[:2]
+            assert found[0].score is None
+
+    def test_all_are_checked_before_the_first_runs(self, tiny):
+        with pytest.raises(ValueError, match="there is no generation argument 'alpha'"):
+            compare_strategies(*tiny, SOURCES, ["greedy", "contrastive:alpha=0.5"])
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("name", "nearest"),
+        [("num_beam", "num_beams"), ("temprature", "temperature"), ("penaltyalpha", "penalty_alpha")],
+    )
+    def test_unknown_arguments(self, tiny, name, nearest):
+        with pytest.raises(ValueError) as caught:
+            translate(*tiny, SOURCES, **{name: 3})
+        assert str(caught.value).startswith(
+            f"there is no generation argument {name!r}: did you mean {nearest!r}? Valid: "
+        )
+
+    @pytest.mark.parametrize("name", ["return_dict_in_generate", "output_scores", "generation_config", "inputs"])
+    def test_arguments_that_would_be_lost(self, tiny, name):
+        with pytest.raises(ValueError, match=f"there is no generation argument '{name}'"):
+            translate(*tiny, SOURCES, **{name: True})
+
+    def test_sources_longer_than_learned_positions(self):
+        model, tokenizer = learned_by_heart(position_embedding_type="learned")
+        fits, long = " ".join(["the"] * 39), " ".join(["the"] * 40)  # and </s>: 40 positions
+        assert len(translate(model, tokenizer, [fits])) == 1
+        with pytest.raises(ValueError) as caught:
+            translate(model, tokenizer, [SOURCES[0], "", long, fits])
+        assert str(caught.value) == (
+            "line 3 ('the the the the the the the th…') has 41 tokens, but the model has learned positions for 40: "
+            "split it into shorter ones."
+        )
+
+    @pytest.mark.parametrize("kind", ["rotary", "sinusoidal", "relative", "none"])
+    def test_other_positions_have_no_limit(self, kind):
+        model, tokenizer = learned_by_heart(position_embedding_type=kind)
+        ((best,),) = translate(model, tokenizer, [" ".join(["the"] * 90)])
+        assert math.isfinite(best.score)
+
+    def test_a_tokenizer_of_another_model(self, tiny):
+        model, _ = tiny
+        larger = train_tokenizer([" ".join(f"word{number}" for number in range(90))], "word")
+        with pytest.raises(
+            ValueError, match=r"line 2 \('word8 word77'\) has the token id \d+, but the model's source "
+        ):
+            translate(model, larger, ["", "word8 word77"])
+
+    def test_several_outputs_need_beams_or_sampling(self, tiny):
+        with pytest.raises(ValueError, match="num_return_sequences"):
+            translate(*tiny, SOURCES[:1], num_return_sequences=2)
+
+
+def test_a_stock_model_works_too():
+    """Bart has learned positions with an offset, its own start token and one vocabulary."""
+    tokenizer = train_tokenizer(SOURCES, "word")
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=12,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=14,
+        decoder_ffn_dim=14,
+        max_position_embeddings=20,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    model = BartForConditionalGeneration(config).eval()
+    outputs = translate(model, tokenizer, SOURCES, num_beams=3, num_return_sequences=2, max_new_tokens=6, batch_size=3)
+    for source, found in zip(SOURCES, outputs, strict=True):
+        for hypothesis in found:
+            total = log_probability_step_by_step(model, tokenizer(source).input_ids, hypothesis.token_ids)
+            assert hypothesis.log_probability == pytest.approx(total, abs=1e-4)
+    with pytest.raises(ValueError, match=r"line 1 .* has 21 tokens, but the model has learned positions for 20"):
+        translate(model, tokenizer, [" ".join(["the"] * 20)])
+
+
+class TestLoad:
+    @pytest.mark.parametrize("two_vocabularies", [False, True])
+    def test_a_saved_model(self, two_vocabularies, tmp_path):
+        model, processing_class = learned_by_heart(two_vocabularies)
+        model.save_pretrained(tmp_path)
+        processing_class.save_pretrained(tmp_path)
+        loaded, loaded_class = load(tmp_path, device="cpu")
+        assert type(loaded) is DragomanForConditionalGeneration
+        assert type(loaded_class) is type(processing_class)
+        assert not loaded.training
+        expected = translate(model, processing_class, SOURCES, num_beams=2, num_return_sequences=2)
+        assert translate(loaded, loaded_class, SOURCES, num_beams=2, num_return_sequences=2) == expected
+        half, _ = load(str(tmp_path), device="cpu", dtype="bfloat16")
+        assert half.dtype == torch.bfloat16
+        assert texts(translate(half, loaded_class, SOURCES)) == [[target] for target in TARGETS]
+
+    def test_wrong_folders(self, tmp_path):
+        model, _ = learned_by_heart()
+        with pytest.raises(FileNotFoundError, match="nowhere/else does not exist: give the folder of a saved model"):
+            load(tmp_path / "nowhere" / "else")
+        (tmp_path / "file").touch()
+        with pytest.raises(FileNotFoundError, match="file is a file: give the folder of a saved model"):
+            load(tmp_path / "file")
+        with pytest.raises(FileNotFoundError, match=r"holds no model \(config.json is missing\)"):
+            load(tmp_path)
+        model.config.save_pretrained(tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"holds no weights \(model.safetensors is missing\)"):
+            load(tmp_path)
+        model.save_pretrained(tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"holds no tokenizer \(tokenizer_config.json is missing\)"):
+            load(tmp_path)
+
+    @pytest.mark.parametrize("name", ["no-such-model", "nobody/no-such-model", "not a name"])
+    def test_names_that_the_hub_does_not_know(self, name, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(FileNotFoundError) as caught:
+            load(name)
+        assert str(caught.value).startswith(
+            f"{name!r} is no folder here and no model that the Hub or the local cache gives"
+        )
+
+    def test_no_encoder_decoder(self, tmp_path):
+        GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=9)).save_pretrained(
+            tmp_path
+        )
+        with pytest.raises(ValueError, match="holds a model of type 'gpt2', which is no encoder-decoder"):
+            load(tmp_path)
+
+    def test_devices_and_dtypes(self, tmp_path):
+        with pytest.raises(ValueError, match="device 'gpu' cannot be used here: "):
+            load(tmp_path, device="gpu")
+        with pytest.raises(ValueError, match="device 'cuda:93' cannot be used here: "):
+            load(tmp_path, device="cuda:93")
+        with pytest.raises(ValueError, match="dtype 'half precision' is unknown: use float32, bfloat16 or float16"):
+            load(tmp_path, device="cpu", dtype="half precision")
