@@ -1,5 +1,6 @@
 """The metric modules against sacreBLEU, jiwer and rouge-score called directly, and against values counted by hand."""
 
+import doctest
 import json
 import os
 import subprocess
@@ -54,6 +55,15 @@ def test_every_module_is_listed_and_described():
         for key in compute(name):
             # distinct_1 and distinct_2 are documented together, rouge types in a list
             assert key in metric.inputs_description, (name, key)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_example_in_the_description(name):
+    test = doctest.DocTestParser().get_doctest(
+        load_metric(name).inputs_description, {"load_metric": load_metric}, name, None, 0
+    )
+    assert len(test.examples) == 2
+    assert doctest.DocTestRunner().run(test).failed == 0
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -30,7 +30,7 @@ def data(tmp_path_factory):
 
 
 def test_report_files_and_table(folder, data, tmp_path):
-    strategies = [*STRATEGIES, "beam:num_beams=2,length_penalty=0.5"]
+    strategies = ["default", *STRATEGIES, "beam:num_beams=2,length_penalty=0.5"]
     metrics = ["bleu:tokenize=char", "chrf", "exact_match", "diversity"]
     random_state = torch.get_rng_state()
     report = evaluate_model(
@@ -41,7 +41,7 @@ def test_report_files_and_table(folder, data, tmp_path):
     assert (report["model"], report["data"], report["rows"]) == (str(folder), str(data), 11)
     assert report["versions"]["sacrebleu"] == sacrebleu.__version__
     assert list(report["strategies"]) == strategies
-    names = ["greedy", "beam", "sampling", "contrastive", "beam_num_beams_2_length_penalty_0.5"]
+    names = ["default", "greedy", "beam", "sampling", "contrastive", "beam_num_beams_2_length_penalty_0.5"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "scores.json",
         *(f"predictions.{name}.{ending}" for name in names for ending in ("txt", "jsonl")),
@@ -134,9 +134,13 @@ def test_line_breaks_in_a_prediction_stay_in_the_json(folder, tmp_path, monkeypa
         ({"metrics": ["blue"]}, "there is no metric 'blue': did you mean 'bleu'?"),
         (
             {"strategies": ["beams"]},
-            "there is no decoding strategy 'beams': did you mean 'beam'? Valid: beam, contrastive",
+            "there is no decoding strategy 'beams': did you mean 'beam'? Valid: beam, ",
         ),
-        ({"strategies": ["beam:beams=3"]}, "there is no generation argument 'beams'"),
+        ({"strategies": ["beam:beams=3"]}, "strategy 'beam:beams=3': no such option: --beams; the nearest"),
+        (
+            {"strategies": ["greedy"], "num_beams": 3},
+            "num_beams=3 is given for every strategy, but 'greedy' has num_beams=1",
+        ),
         ({"strategies": ["beam", "beam"]}, "strategies ['beam', 'beam']: name at least one, and each once."),
         ({"strategies": []}, "strategies []: name at least one, and each once."),
         ({"lenght_penalty": 2.0}, "there is no generation argument 'lenght_penalty': did you mean 'length_penalty'?"),

@@ -49,6 +49,7 @@ def test_one_metric_twice():
             "metric 'bleu' has no option 'tokenise': did you mean 'tokenize'? Valid: effective_order, ",
         ),
         ("wer:lowercase=true", "metric 'wer' has no option 'lowercase': it takes none."),
+        ("bleu:tokenize=[zh", "'bleu:tokenize=[zh': a value is no valid YAML."),
         ("bleu:tokenize", "'bleu:tokenize': the option 'tokenize' has to be written key=value."),
     ],
 )

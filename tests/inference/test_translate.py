@@ -206,12 +206,27 @@ class TestStrategies:
         }
         assert strategy_arguments("greedy:suppress_tokens=[5,6]")["suppress_tokens"] == [5, 6]
         assert STRATEGIES["beam"] == {"num_beams": 4, "do_sample": False}
+        assert strategy_arguments("default:max_new_tokens=9", use_cache=False) == {
+            "use_cache": False,
+            "max_new_tokens": 9,
+        }
+        assert strategy_arguments("beam", num_beams=4, max_length=9)["max_length"] == 9
 
     def test_mistakes(self):
         with pytest.raises(ValueError, match="there is no decoding strategy 'contrast': did you mean 'contrastive'"):
             strategy_arguments("contrast")
         with pytest.raises(ValueError, match="'beam:8': the option '8' has to be written key=value"):
             strategy_arguments("beam:8")
+        with pytest.raises(ValueError) as caught:
+            strategy_arguments("beam", num_beams=8)
+        assert str(caught.value) == (
+            "num_beams=8 is given for every strategy, but 'beam' has num_beams=4: "
+            "write the strategy with it, as in beam:num_beams=8, or leave it out."
+        )
+        with pytest.raises(ValueError, match=r"strategy 'beam:num_beam=8': no such option: --num_beam; .* --num-beams"):
+            strategy_arguments("beam:num_beam=8")
+        with pytest.raises(ValueError, match=r"strategy 'beam:num_beams=eight': --num_beams.* 'eight'"):
+            strategy_arguments("beam:num_beams=eight")
 
     def test_each_name_is_its_mode_whatever_was_saved(self, monkeypatch):
         model, tokenizer = learned_by_heart()
@@ -244,7 +259,7 @@ class TestStrategies:
             assert found[0].score is None
 
     def test_all_are_checked_before_the_first_runs(self, tiny):
-        with pytest.raises(ValueError, match="there is no generation argument 'alpha'"):
+        with pytest.raises(ValueError, match=r"strategy 'contrastive:alpha=0.5': no such option: --alpha"):
             compare_strategies(*tiny, SOURCES, ["greedy", "contrastive:alpha=0.5"])
 
 

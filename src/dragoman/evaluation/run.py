@@ -29,7 +29,7 @@ def evaluate_model(
     out_dir: str | Path,
     *,
     metrics: Sequence[str] = ("bleu", "chrf", "diversity"),
-    strategies: Sequence[str] = ("beam",),
+    strategies: Sequence[str] = ("default",),
     references_column: str = "target",
     batch_size: int = 32,
     seed: int = 0,
@@ -47,13 +47,14 @@ def evaluate_model(
             and `predictions.NAME.jsonl` (source, target, prediction, score, log_probability), and `scores.json`, the
             report, written last. Files of an earlier evaluation are overwritten.
         metrics: as in `compute_scores`: `"bleu"`, `"bleu:tokenize=zh"`, ...
-        strategies: as in `strategy_arguments`: `"greedy"`, `"beam:num_beams=8,length_penalty=0.8"`, ...
+        strategies: as in `strategy_arguments`: `"default"` (the settings saved with the model), `"greedy"`,
+            `"beam:num_beams=8,length_penalty=0.8"`, ...
         references_column: column to score against; each of its values is a text or a list of accepted ones.
         batch_size: sentences decoded together.
         seed: of the random numbers, set anew for each strategy; the caller's are left as they were.
         device, dtype: as in `load`.
         progress: show bars on standard error.
-        **generation_arguments: for every strategy, for example `max_new_tokens=80`; what a strategy sets wins.
+        **generation_arguments: for every strategy, for example `max_new_tokens=80`.
 
     Returns:
         the report: `model`, `data`, `rows`, `settings`, `versions`, and by strategy its `arguments`, full `scores`,
@@ -67,7 +68,7 @@ def evaluate_model(
         raise ValueError(f"strategies {list(strategies)}: name at least one, and each once.")
     # Everything that can be wrong in the call is found before the first sentence is decoded.
     check_metrics(metrics)
-    table = {name: generation_arguments | strategy_arguments(name) for name in strategies}
+    table = {name: strategy_arguments(name, **generation_arguments) for name in strategies}
     data_name = "a dataset in memory" if isinstance(data, Dataset | IterableDataset) else str(data)
     pairs = read_pairs(data)
     if isinstance(pairs, IterableDataset):

@@ -240,19 +240,30 @@ def compare_strategies(
     processing_class: ProcessingClass,
     sentences: Sequence[str],
     strategies: Sequence[str] = tuple(STRATEGIES),
-    **arguments: Any,
+    *,
+    batch_size: int = 32,
+    scores: bool = True,
+    **generation_arguments: Any,
 ) -> dict[str, list[Hypothesis]]:
-    """The best hypothesis of each sentence under each strategy, named as in `strategies.strategy_arguments`.
+    """The best hypothesis of each sentence under each strategy.
 
-    Further arguments go to `translate` and apply to every strategy.
+    Args:
+        strategies: as in `strategy_arguments`: `"greedy"`, `"beam:num_beams=8,length_penalty=0.8"`, ...
+        **generation_arguments: for every strategy, for example `max_new_tokens=80`.
+
+    The other arguments are those of `translate`. All strategies are checked before the first one runs.
+
+    Raises:
+        ValueError: as `strategy_arguments` and `translate`.
     """
-    table = {strategy: strategy_arguments(strategy) for strategy in strategies}
+    table = {strategy: strategy_arguments(strategy, **generation_arguments) for strategy in strategies}
     for settings in table.values():
         check_generation_arguments(model, settings)
-    return {
-        strategy: [best for best, *_ in translate(model, processing_class, sentences, **(arguments | settings))]
-        for strategy, settings in table.items()
-    }
+    outputs = {}
+    for strategy, settings in table.items():
+        found = translate(model, processing_class, sentences, batch_size=batch_size, scores=scores, **settings)
+        outputs[strategy] = [best for best, *_ in found]
+    return outputs
 
 
 def check_generation_arguments(model: PreTrainedModel, arguments: Iterable[str]) -> None:
