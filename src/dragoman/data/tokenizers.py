@@ -6,6 +6,7 @@ stock beam search mishandles that. An encoded text is its tokens and `</s>`, for
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ def train_tokenizer(
     texts: Iterable[str], kind: str = "bpe", vocab_size: int = 8000, extra_special_tokens: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer. The same texts in the same order give the same tokenizer.
+
+    For `"unigram"` that is so but for ties between pieces: where two are equally useful, the trainer of `tokenizers`
+    leaves it to chance which of them it keeps.
 
     Args:
         texts: sentences.
@@ -74,6 +78,8 @@ def train_tokenizer(
         if kind == "unigram" and "vocabulary" in str(error).lower():
             raise ValueError(f"vocab_size {vocab_size} is too small for a unigram tokenizer here: {error}") from error
         raise
+    if kind == "unigram":
+        _sort_unigram(backend, len(reserved))
     size = backend.get_vocab_size()
     if size < vocab_size and kind in ("bpe", "unigram"):
         logger.warning("the texts yield a %s vocabulary of only %d of the %d tokens asked for", kind, size, vocab_size)
@@ -168,6 +174,21 @@ def _unigram(vocab_size: int, reserved: list[str]) -> tuple[Tokenizer, trainers.
     return backend, trainers.UnigramTrainer(
         vocab_size=vocab_size, special_tokens=reserved, unk_token=UNK, show_progress=False
     )
+
+
+def _sort_unigram(backend: Tokenizer, reserved: int) -> None:
+    """Take the trainer's hash order out of a Unigram: it is in the ids, in rounding errors, and in some scores.
+
+    Those are the scores of characters that the trainer pruned and adds again at the end, in small steps downwards.
+    """
+    vocab = json.loads(backend.to_str())["model"]["vocab"]
+    scores = {piece: round(score, 6) for piece, score in vocab[reserved:]}
+    lowest = min((score for piece, score in scores.items() if len(piece) > 1), default=0.0)
+    rare = sorted(piece for piece, score in scores.items() if len(piece) == 1 and score < lowest)
+    scores |= zip(rare, sorted((scores[piece] for piece in rare), reverse=True), strict=True)
+    pieces = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+    specials = [(token, score) for token, score in vocab[:reserved]]
+    backend.model = models.Unigram(specials + pieces, unk_id=SPECIAL_TOKENS.index(UNK))
 
 
 def _word(vocab_size: int, reserved: list[str]) -> tuple[Tokenizer, trainers.Trainer]:

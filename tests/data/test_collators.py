@@ -1,0 +1,198 @@
+import pytest
+import torch
+from datasets import Dataset
+from transformers import BartConfig, BartForConditionalGeneration
+
+import dragoman
+from dragoman.data.collators import Seq2SeqCollator, encode_pairs
+from dragoman.data.tokenizers import build_tokenizer, train_tokenizer
+
+
+# Word tokenizers: a text of n words has n + 1 tokens.
+PAIRS = [("one two three", "uno due"), ("one", "uno due tre quattro"), ("two three", "due tre"), ("three", "tre")]
+
+
+def dataset_of(pairs, streaming=False):
+    dataset = Dataset.from_dict(
+        {"source": [s for s, _ in pairs], "target": [t for _, t in pairs], "id": [*map(str, pairs)]}
+    )
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def build(joint=True):
+    return build_tokenizer(dataset_of(PAIRS), kind="word", vocab_size=50, joint=joint)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("joint", [False, True])
+def test_encoded_pairs(streaming, joint):
+    tokenizer = build(joint)
+    encoded, report = encode_pairs(dataset_of(PAIRS, streaming), tokenizer)
+    rows = list(encoded)
+    assert [set(row) for row in rows] == [{"input_ids", "labels", "length"}] * len(PAIRS)
+    for row, (source, target) in zip(rows, PAIRS, strict=True):
+        assert row["input_ids"] == tokenizer(source)["input_ids"]
+        assert row["labels"] == tokenizer(text_target=target)["input_ids"]
+        assert row["input_ids"][-1] == row["labels"][-1] == 2
+        assert tokenizer.decode(row["labels"], skip_special_tokens=True) == target
+    assert [row["length"] for row in rows] == [4, 5, 3, 2], "tokens of the longer side"
+    assert str(report) == "kept 4 of 4 pairs"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_dropped_pairs_are_counted(streaming):
+    pairs = [*PAIRS, (" ", "tre"), ("three", ""), ("", "\t")]
+    limits = {"max_source_length": 3, "max_target_length": 4}
+    encoded, report = encode_pairs(dataset_of(pairs, streaming), build(), overlong="drop", empty="drop", **limits)
+    rows = list(encoded)
+    assert [len(row["input_ids"]) for row in rows] == [3, 2]
+    assert report.kept == 2
+    assert report.dropped == {
+        "with a source longer than 3 tokens": 1,
+        "with a target longer than 4 tokens": 1,
+        "with an empty source": 2,
+        "with an empty target": 1,
+    }
+    assert str(report) == (
+        "kept 2 of 7 pairs; dropped 5: 1 with a source longer than 3 tokens, 1 with a target longer than 4 tokens, "
+        "2 with an empty source, 1 with an empty target"
+    )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_truncation_keeps_the_final_token(streaming):
+    tokenizer = build()
+    limits = {"max_source_length": 3, "max_target_length": 4}
+    encoded, report = encode_pairs(dataset_of(PAIRS, streaming), tokenizer, overlong="truncate", **limits)
+    rows = list(encoded)
+    assert tokenizer.decode(rows[0]["input_ids"]) == "one two </s>"
+    assert tokenizer.decode(rows[1]["labels"]) == "uno due tre </s>"
+    assert [row["length"] for row in rows] == [3, 4, 3, 2]
+    assert str(report) == "kept 4 of 4 pairs; truncated: 1 source, 1 target"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (
+            [*PAIRS, ("one two three", "uno due tre quattro tre")],
+            r"pair 5 \('one two three' / 'uno due.*the target has 6 tok",
+        ),
+        ([PAIRS[3], (" ", "tre")], r"pair 2 \(' ' / 'tre'\): the source is empty; set empty=\"drop\""),
+        ([PAIRS[3], ("three", "")], r"pair 2 \('three' / ''\): the target is empty"),
+    ],
+)
+def test_errors_name_the_pair(pairs, message, streaming):
+    with pytest.raises(ValueError, match=message):
+        list(encode_pairs(dataset_of(pairs, streaming), build(), max_target_length=5)[0])
+
+
+def test_drops_that_come_late_in_the_data():
+    """The outcome columns are typed by their first rows: nothing dropped there must not matter."""
+    pairs = [PAIRS[3]] * 2500 + [("", "tre")] + [PAIRS[3]] * 7
+    encoded, report = encode_pairs(dataset_of(pairs), build(), empty="drop")
+    assert len(encoded) == report.kept == 2507
+    assert report.dropped == {"with an empty source": 1}
+
+
+def test_several_processes():
+    encoded, report = encode_pairs(dataset_of([*PAIRS, ("", "tre")]), build(joint=False), empty="drop", num_proc=2)
+    assert encoded[:] == encode_pairs(dataset_of(PAIRS), build(joint=False))[0][:]
+    assert str(report) == "kept 4 of 5 pairs; dropped 1: 1 with an empty source"
+    with pytest.raises(ValueError, match="num_proc is for map-style data"):
+        encode_pairs(dataset_of(PAIRS, streaming=True), build(), num_proc=2)
+
+
+def test_refused_arguments():
+    with pytest.raises(ValueError, match="overlong is 'ignore'; it can be error, drop, truncate"):
+        encode_pairs(dataset_of(PAIRS), build(), overlong="ignore")
+    with pytest.raises(ValueError, match="empty is 'truncate'; it can be error, drop"):
+        encode_pairs(dataset_of(PAIRS), build(), empty="truncate")
+    with pytest.raises(ValueError, match="max_target_length is 1; it must be at least 2"):
+        encode_pairs(dataset_of(PAIRS), build(), max_target_length=1)
+    with pytest.raises(ValueError, match=r"no pair is left .*: kept 0 of 1 pairs; dropped 1: 1 with an empty source"):
+        encode_pairs(dataset_of([("", "tre")]), build(), empty="drop")
+    endless = build()
+    endless.backend_tokenizer.post_processor = train_tokenizer(["a"], "char").backend_tokenizer.normalizer
+    with pytest.raises(ValueError, match="does not end its output with its end-of-sequence token '</s>'"):
+        encode_pairs(dataset_of(PAIRS), endless)
+
+
+def tiny_dragoman(**settings):
+    sizes = {"d_model": 12, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 18, "decoder_ffn_dim": 18}
+    heads = dict.fromkeys(
+        (
+            "encoder_attention_heads",
+            "decoder_attention_heads",
+            "encoder_num_key_value_heads",
+            "decoder_num_key_value_heads",
+        ),
+        2,
+    )
+    return dragoman.DragomanForConditionalGeneration(dragoman.DragomanConfig(**sizes, **heads, **settings))
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_batch(joint):
+    processing_class = build(joint)
+    rows = list(encode_pairs(dataset_of(PAIRS), processing_class)[0])
+    batch = Seq2SeqCollator(processing_class)(rows[:3])
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, 4)
+    assert batch["labels"].shape == (3, 5)
+    for index, row in enumerate(rows[:3]):
+        source, target = row["input_ids"], row["labels"]
+        assert batch["input_ids"][index].tolist() == source + [1] * (4 - len(source))
+        assert batch["attention_mask"][index].tolist() == [1] * len(source) + [0] * (4 - len(source))
+        assert batch["labels"][index].tolist() == target + [-100] * (5 - len(target))
+    assert {value.dtype for value in batch.values()} == {torch.int64}
+    assert Seq2SeqCollator(processing_class, pad_to_multiple_of=7)(rows)["labels"].shape == (4, 7)
+    assert "labels" not in Seq2SeqCollator(processing_class)([{"input_ids": [5, 2]}, {"input_ids": [2]}])
+
+
+def test_batch_for_a_model():
+    tokenizer = build(joint=False)
+    model = tiny_dragoman(source_vocab_size=7, vocab_size=9, share_embeddings=False)
+    rows = list(encode_pairs(dataset_of(PAIRS), tokenizer)[0])
+    batch = Seq2SeqCollator(tokenizer, model)(rows)
+    expected = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    assert torch.equal(batch["decoder_input_ids"], expected)
+    assert batch["decoder_input_ids"][:, 0].tolist() == [0] * 4
+    assert (batch["decoder_input_ids"] >= 0).all()
+    assert model(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"input_ids": [4, 2], "labels": [8, 2]}, {"input_ids": [7, 2], "labels": [4, 2]}],
+            "input_ids of row 2 of the batch hold the token id 7, but the model's source vocabulary has the ids 0 to 6",
+        ),
+        (
+            [{"input_ids": [4, 2], "labels": [4, 9, -100]}],
+            "labels of row 1 of the batch hold the token id 9, but the model's target vocabulary has the ids 0 to 8",
+        ),
+        ([{"input_ids": [-1, 2], "labels": [2]}], "input_ids of row 1 of the batch hold the token id -1"),
+    ],
+)
+def test_ids_outside_the_vocabulary(rows, message):
+    model = tiny_dragoman(source_vocab_size=7, vocab_size=9, share_embeddings=False)
+    with pytest.raises(ValueError, match=message):
+        Seq2SeqCollator(build(joint=False), model)(rows)
+
+
+def test_models_of_the_library():
+    config = BartConfig(
+        vocab_size=9,
+        d_model=12,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    )
+    collator = Seq2SeqCollator(build(), BartForConditionalGeneration(config))
+    assert collator([{"input_ids": [8, 2], "labels": [8, 2]}])["decoder_input_ids"].shape == (1, 2)
+    with pytest.raises(ValueError, match="source vocabulary has the ids 0 to 8"):
+        collator([{"input_ids": [9, 2], "labels": [8, 2]}])
