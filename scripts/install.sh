@@ -27,7 +27,7 @@ install() {
     key=$(cat pyproject.toml scripts/constraints.txt <(echo "$root") | cksum)
     if [ "$(cat .venv/installed-dev 2>/dev/null)" != "$key" ] && [ "$(cat ".venv/installed-${extra:-base}" 2>/dev/null)" != "$key" ]; then
         if ! is_supported .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-            python=$(find_python)
+            python=$(find_python) || return 1
             echo "Making .venv with $("$python" --version)"
             "$python" -m venv --clear .venv || {
                 echo "$python cannot make a virtual environment; on Debian and Ubuntu, install python3-venv" >&2
@@ -36,7 +36,7 @@ install() {
         fi
         echo "Installing Dragoman and what it needs into .venv (a few minutes the first time)"
         rm -f .venv/installed-*
-        .venv/bin/python -m pip install --quiet --constraint scripts/constraints.txt --editable ".${extra:+[$extra]}"
+        .venv/bin/python -m pip install --quiet --constraint scripts/constraints.txt --editable ".${extra:+[$extra]}" || return 1
         echo "$key" >".venv/installed-${extra:-base}"
     fi
     source .venv/bin/activate

@@ -27,7 +27,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, Seq2SeqTrainingArguments
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, SchedulerType, Seq2SeqTrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 
 PathPair = str | list[str]
@@ -124,13 +125,13 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     per_device_train_batch_size: int = 64
     per_device_eval_batch_size: int = 64
     learning_rate: float = 1e-3
-    lr_scheduler_type: str = "linear"
+    lr_scheduler_type: SchedulerType | str = "linear"
     warmup_steps: float = 0.05  # below 1: a fraction of all steps
     weight_decay: float = 0.01
     adam_beta2: float = 0.98
     logging_steps: float = 50
-    eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
+    eval_strategy: IntervalStrategy | str = "epoch"
+    save_strategy: SaveStrategy | str = "epoch"
     save_total_limit: int | None = 2
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "chrf"
@@ -272,6 +273,11 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
             defaults["output_dir"] = f"runs/{path.stem}"
             if built["data"].validation is None:
                 defaults |= _WITHOUT_VALIDATION
+                if keys.get("eval_strategy", "no") != "no":
+                    raise ValueError(
+                        f"{where(section, 'eval_strategy')}training.eval_strategy is {keys['eval_strategy']!r}, "
+                        "but there is no data.validation to evaluate on"
+                    )
         try:
             built[section] = section_class(**{**defaults, **keys})
         except ValueError as error:
@@ -279,7 +285,9 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
 
     _check_generation(built["generation"], f"{path}: generation.")
     try:  # what generate() would ignore (top_k without sampling) cannot be saved with a model
-        GenerationConfig(**built["generation"].given()).validate(strict=True)
+        generation_config = GenerationConfig()
+        vars(generation_config).update(built["generation"].given())  # as keywords they would be warned about first
+        generation_config.validate(strict=True)
     except ValueError as error:
         raise ValueError(f"{path}: generation: {_one_line(error)}") from error
     given_sections = {"model": model} | {name: sections[name] for name in _SECTIONS if name in sections}

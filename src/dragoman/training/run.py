@@ -34,8 +34,15 @@ from transformers import (
 from dragoman.data.collators import Seq2SeqCollator, encode_pairs
 from dragoman.data.reading import read_pairs
 from dragoman.data.tokenizers import ProcessingClass, build_tokenizer, load_tokenizer, source_and_target_tokenizer
-from dragoman.evaluation.scores import build_compute_metrics, compute_scores, headline
-from dragoman.training.arguments import Experiment, load_experiment
+from dragoman.evaluation.scores import (
+    METRICS,
+    build_compute_metrics,
+    check_metrics,
+    compute_scores,
+    headline,
+    parse_spec,
+)
+from dragoman.training.arguments import Experiment, TrainingArguments, load_experiment
 
 
 EXPERIMENT_FILE = "experiment.yaml"
@@ -63,6 +70,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     """
     arguments = experiment.training
     output = Path(str(arguments.output_dir))
+    _check_metrics(arguments)
     say: Callable[..., None] = Console(soft_wrap=True, quiet=arguments.process_index > 0).print
     with _one_sentence_for_disk_errors(output):
         if arguments.process_index == 0:
@@ -236,6 +244,16 @@ class _Companion(TrainerCallback):
             signal.signal(signal.SIGINT, previous)
 
 
+def _check_metrics(arguments: TrainingArguments) -> None:
+    check_metrics(arguments.metrics)
+    best = arguments.metric_for_best_model
+    known = ["loss"]
+    if arguments.predict_with_generate:
+        known += [figure for spec in arguments.metrics for figure in METRICS[parse_spec(spec)[0]]]
+    if best is not None and best.removeprefix("eval_") not in known:
+        raise ValueError(f"training.metric_for_best_model must be one of {', '.join(known)}, got {best!r}")
+
+
 def _claim(output: Path, experiment: Experiment, resume: bool, overwrite: bool) -> None:
     """Make the output folder this run's own, or refuse."""
     if resume and overwrite:
@@ -320,7 +338,9 @@ def _test(
     arguments.predict_with_generate = True
     arguments.train_sampling_strategy = "sequential"  # grouping by length would reorder the predictions too
     trainer.compute_metrics = None  # it would score against decoded labels
-    predicted = trainer.predict(dataset, num_beams=experiment.generation.num_beams or 1).predictions
+    num_beams = experiment.generation.num_beams or 1
+    # Several processes share out equal numbers of rows, so that the last ones begin the set again
+    predicted = np.asarray(trainer.predict(dataset, num_beams=num_beams).predictions)[: len(references)]
     _, target_tokenizer = source_and_target_tokenizer(tokenizer)
     ids = np.where(predicted == -100, target_tokenizer.pad_token_id, predicted)
     texts = target_tokenizer.batch_decode(ids, skip_special_tokens=True)

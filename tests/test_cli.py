@@ -1,0 +1,175 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import dragoman.cli
+from dragoman.inference.translate import load, translate
+from training.experiments import write_experiment
+
+
+def dragoman_command(*arguments: str | Path, text: str = ""):
+    return CliRunner().invoke(dragoman.cli.app, [str(argument) for argument in arguments], input=text)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = write_experiment(tmp_path_factory.mktemp("model"))
+    result = dragoman_command("train", path, "training.max_steps=2")
+    assert result.exit_code == 0, result.output
+    return path.parent / "run"
+
+
+def test_train_says_what_it_has_and_what_came_of_it(tmp_path):
+    path = write_experiment(tmp_path)
+    result = dragoman_command("train", path, "training.max_steps=2")
+    assert result.exit_code == 0
+    assert "train: kept 23 of 23 pairs" in result.stdout
+    assert "vocabulary: 11 joint" in result.stdout
+    assert re.search(r"model: DragomanForConditionalGeneration, [\d,]+ parameters, on cpu", result.stdout)
+    assert re.search(r"test chrf: \d+\.\d\d \(greedy search\)", result.stdout)
+    assert f"model, tokenizer = load('{tmp_path}/run')" in result.stdout
+
+
+def test_train_twice_needs_a_decision(tmp_path, model):
+    path = model.parent / "tiny.yaml"
+    result = dragoman_command("train", path, "training.max_steps=2")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"dragoman train: {model} is not empty: --resume goes on with its run, --overwrite deletes it\n"
+    )
+    assert dragoman_command("train", path, "training.max_steps=2", "--resume").exit_code == 0
+    assert dragoman_command("train", path, "--resume", "--overwrite").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "nowhere.yaml"], "dragoman train: nowhere.yaml: no such file\n"),
+        (["generate", "nowhere/at/all"], "dragoman generate: nowhere/at/all does not exist: "),
+        (["generate", "x", "--num-beems", "2"], "no such option: --num-beems; the nearest valid one is --num-beams\n"),
+        (["generate", "x", "--nbset", "2"], "no such option: --nbset; the nearest valid one is --nbest\n"),
+        (["generate", "x", "--num-beams", "many"], "--num-beams must be a whole number or null, got 'many'\n"),
+        (["generate", "x", "--compare", "--scores"], "--compare shows one output per strategy; leave out"),
+        (["evaluate", "x", "nowhere.jsonl"], "dragoman evaluate: nowhere.jsonl does not exist"),
+        (
+            ["evaluate", "x", "y", "--strategi", "beam"],
+            "no such option: --strategi; the nearest valid one is --strategy\n",
+        ),
+        (["evaluate", "x", "y", "--strategy", "bean"], "there is no decoding strategy 'bean': did you mean 'beam'?"),
+        (["evaluate", "x", "y", "--metric", "blue"], "there is no metric 'blue': did you mean 'bleu'?"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(arguments, sentence):
+    result = dragoman_command(*arguments)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [["generate"], ["train"], ["translate"], ["train", "x.yaml", "--resum"]])
+def test_usage_errors_are_status_2(arguments):
+    result = dragoman_command(*arguments)
+    assert result.exit_code == 2
+    assert "Error: " in result.stderr
+
+
+def test_generate_keeps_the_order_and_empty_lines(model):
+    lines = ["tre due uno", "", "uno", "sette sei cinque quattro"]
+    result = dragoman_command("generate", model, "--batch-size", "2", text="\n".join(lines) + "\n")
+    assert result.exit_code == 0, result.stderr
+    outputs = translate(*load(model), lines)
+    assert result.stdout.split("\n") == [hypotheses[0].text for hypotheses in outputs] + [""]
+    assert result.stdout.split("\n")[1] == ""
+
+
+def test_generate_with_options(model):
+    result = dragoman_command(
+        "generate", model, "--nbest", "2", "--scores", "--num-beams", "3", "--max-new-tokens=4", text="uno\ndue\n"
+    )
+    assert result.exit_code == 0, result.stderr
+    rows = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["1", "1", "2", "2"]
+    expected = translate(*load(model), ["uno", "due"], num_return_sequences=2, num_beams=3, max_new_tokens=4)
+    assert [row[2] for row in rows] == [hypothesis.text for both in expected for hypothesis in both]
+    for row, hypothesis in zip(rows, [hypothesis for both in expected for hypothesis in both], strict=True):
+        assert float(row[1]) == pytest.approx(hypothesis.score, abs=1e-4)
+
+
+def test_sampling_repeats_with_a_seed(model):
+    command = ["generate", model, "--do-sample", "--top-k", "0"]
+    first, second, third = (
+        dragoman_command(*command, "--seed", seed, text="uno due\n" * 5).stdout for seed in ("3", "3", "4")
+    )
+    assert first == second
+    assert first != third
+
+
+def test_compare_shows_every_strategy(model):
+    result = dragoman_command("generate", model, "--compare", text="uno due\ntre\n")
+    assert result.exit_code == 0, result.stderr
+    for strategy in ("greedy", "beam", "sampling", "contrastive"):
+        assert len(re.findall(rf"│ {strategy} ", result.stdout)) == 2
+    assert "uno due" in result.stdout
+
+
+def test_evaluate_writes_predictions_and_scores(model, tmp_path):
+    data = model.parent / "test.jsonl"
+    result = dragoman_command(
+        "evaluate", model, data, "--strategy", "greedy", "--strategy", "beam:num_beams=2",
+        "--metric", "chrf", "--output", tmp_path, "--max-new-tokens", "3",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert f"Predictions and scores.json are in {tmp_path}" in result.stdout
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert list(report["strategies"]) == ["greedy", "beam:num_beams=2"]
+    assert report["strategies"]["greedy"]["arguments"]["max_new_tokens"] == 3
+    assert len((tmp_path / "predictions.greedy.txt").read_text().splitlines()) == 4
+
+
+def test_evaluate_two_parallel_text_files(model, tmp_path):
+    (tmp_path / "source.txt").write_text("uno due\ntre\n")
+    (tmp_path / "target.txt").write_text("due uno\ntre\n")
+    result = dragoman_command("evaluate", model, tmp_path / "source.txt", "--target", tmp_path / "target.txt")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((model / "evaluation" / "scores.json").read_text())["rows"] == 2
+
+
+def test_ctrl_c_ends_with_130_and_one_sentence(tmp_path, monkeypatch):
+    from dragoman.training import run
+
+    class Interrupting(run.Seq2SeqCollator):
+        def __call__(self, features, return_tensors=None):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(features, return_tensors)
+
+    monkeypatch.setattr(run, "Seq2SeqCollator", Interrupting)
+    # the Trainer makes the second batch while the first is in work, and the second Ctrl-C stops at once
+    result = dragoman_command("train", write_experiment(tmp_path))
+    assert result.exit_code == 130
+    assert result.stderr.count("dragoman train: ") == 1
+
+
+@pytest.mark.slow
+def test_the_installed_command():
+    dragoman_program = Path(sys.executable).parent / "dragoman"
+    result = subprocess.run([dragoman_program, "--help"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert [word for word in ("train", "generate", "evaluate") if word not in result.stdout] == []
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_is_no_error(model):
+    generate = f"{sys.executable} -m dragoman.cli generate {model} --max-new-tokens 1"
+    command = f"yes 'uno due' | head -n 9999 | {generate} | head -n 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert result.stdout.count("\n") == 1
+    assert "Error" not in result.stderr
+    assert "Broken pipe" not in result.stderr

@@ -1,0 +1,165 @@
+"""The scripts a person runs, as far as they can be run without a network and without minutes of training."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from training.experiments import write_experiment
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci" / "run"])
+
+
+def run(*command, **options):
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, **options)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what the installation reads, and a PATH without Python."""
+    (tmp_path / "repository").mkdir()
+    shutil.copytree(ROOT / "scripts", tmp_path / "repository" / "scripts")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "repository")
+    (tmp_path / "bin").mkdir()
+    for program in ("bash", "cat", "cksum", "dirname", "mkdir", "rm"):
+        (tmp_path / "bin" / program).symlink_to(shutil.which(program))
+    return tmp_path
+
+
+def add_python(checkout, version):
+    """A stand-in for Python that knows its version and answers every call with a line in calls.txt."""
+    python = checkout / "bin" / "python3"
+    python.write_text(
+        f"""#!/bin/bash
+echo "$@" >> {checkout}/calls.txt
+case "$*" in
+    *version_info*) exit {int(version < (3, 11))} ;;
+    "-m venv"*) mkdir -p .venv/bin; cp {python} .venv/bin/python; echo "# nothing" > .venv/bin/activate ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    (checkout / "bin" / "cp").symlink_to(shutil.which("cp"))
+
+
+def install(checkout, extra=""):
+    script = f"source {checkout}/repository/scripts/install.sh && install {extra} && pwd"
+    return run("bash", "-euc", script, cwd="/", env={"PATH": str(checkout / "bin")})
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_valid_and_executable(script):
+    assert run("bash", "-n", script).returncode == 0
+    assert os.access(script, os.X_OK)
+
+
+def test_a_machine_without_python_is_told_so(checkout):
+    result = install(checkout)
+    assert result.returncode != 0
+    assert result.stderr == "Dragoman needs Python 3.11 or newer, and none is on the PATH\n"
+
+
+def test_an_old_python_is_not_used(checkout):
+    add_python(checkout, (3, 10))
+    result = install(checkout)
+    assert result.returncode != 0
+    assert "Dragoman needs Python 3.11 or newer" in result.stderr
+
+
+def test_the_second_installation_does_nothing(checkout):
+    add_python(checkout, (3, 11))
+    calls = checkout / "calls.txt"
+    first = install(checkout)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[-1] == str(checkout / "repository")
+    assert "-m pip install --quiet --constraint scripts/constraints.txt --editable .\n" in calls.read_text()
+
+    calls.write_text("")
+    assert install(checkout).returncode == 0
+    assert calls.read_text() == ""
+
+    assert install(checkout, "dev").returncode == 0
+    assert "--editable .[dev]\n" in calls.read_text()
+    assert "venv" not in calls.read_text()
+    calls.write_text("")
+    assert install(checkout, "dev").returncode == 0
+    assert install(checkout).returncode == 0  # what the tests need includes what the quickstart needs
+    assert calls.read_text() == ""
+
+    with (checkout / "repository" / "scripts" / "constraints.txt").open("a") as constraints:
+        constraints.write("numpy==2.4.6\n")
+    assert install(checkout).returncode == 0
+    assert "pip install" in calls.read_text()
+
+
+def test_every_dependency_is_pinned():
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "scripts" / "constraints.txt").read_text(), re.MULTILINE))
+    pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = [re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower() for requirement in needed]
+    assert [name for name in names if name not in pins] == []
+    assert pins["torch"] == "2.13.0"
+
+
+def test_the_quickstart_sentences_are_new():
+    from dragoman.data.reading import embedded_names, read_pairs
+
+    text = (ROOT / "scripts" / "quickstart.sh").read_text()
+    sentences = re.search(r"<<'SENTENCES'\n(.*)\nSENTENCES", text, re.DOTALL)[1].splitlines()
+    assert len(sentences) == 5
+    known = {source.lower() for name in embedded_names() for source in read_pairs(name)["source"]}
+    assert [sentence for sentence in sentences if sentence.lower() in known] == []
+
+
+@pytest.mark.slow
+def test_train_script_in_two_processes(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = write_experiment(tmp_path, training={"max_steps": 2})
+    result = run(*launch, ROOT / "scripts" / "train.py", path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("vocabulary: 11 joint") == 1  # one process speaks
+    assert (tmp_path / "run" / "complete.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_everything(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("src", "configs"):
+        ignored = shutil.ignore_patterns("*.egg-info", "__pycache__")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    result = run(*pip, "--wheel-dir", tmp_path, source)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    elsewhere = tmp_path / "elsewhere"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(elsewhere)
+    script = """
+import dragoman
+from dragoman.data.reading import read_pairs
+from dragoman.evaluation.scores import METRICS, load_metric
+from dragoman.training.arguments import preset, preset_names
+print(dragoman.__file__)
+print([len(read_pairs(f"embedded:tiny_en_it/{split}")) for split in ("train", "validation", "test")])
+print([load_metric(name).name for name in METRICS] != [])
+print([preset(name, vocab_size=9).vocab_size for name in preset_names()])
+"""
+    result = run(sys.executable, "-c", script, cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(elsewhere)})
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == str(elsewhere / "dragoman" / "__init__.py")
+    assert lines[1:3] == ["[7217, 356, 439]", "True"]
+    assert set(eval(lines[3])) == {9}
+    assert (elsewhere / "dragoman" / "configs" / "quickstart.yaml").is_file()

@@ -1,0 +1,219 @@
+import re
+
+import pytest
+import yaml
+from transformers import GenerationConfig
+
+import dragoman
+from dragoman.training.arguments import (
+    GenerationArguments,
+    load_experiment,
+    parse_generation_options,
+    preset,
+    preset_names,
+)
+from training.experiments import write_experiment
+
+
+@pytest.fixture
+def experiment_file(tmp_path):
+    return write_experiment(tmp_path)
+
+
+def test_sections_become_typed_objects(experiment_file):
+    experiment = load_experiment(experiment_file)
+    assert experiment.model["d_model"] == 12
+    assert experiment.model["norm_type"] == "rmsnorm"  # from the preset
+    assert experiment.data.overlong == "error"
+    assert experiment.tokenizer.kind == "word"
+    assert experiment.training.max_steps == 6
+    assert experiment.training.learning_rate == 0.01
+    assert experiment.training.adam_beta2 == 0.98  # our recipe, not the Trainer's
+    assert experiment.training.greater_is_better
+
+
+def test_keys_given_win_over_the_preset(experiment_file):
+    experiment = load_experiment(experiment_file, ["model.preset=transformer_2017"])
+    assert experiment.model["norm_position"] == "post"
+    assert experiment.model["d_model"] == 12
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("training.learning_rate=2e-3", "training", "learning_rate", 0.002),
+        ("training.learning_rate=3", "training", "learning_rate", 3),
+        ("training.eval_strategy=no", "training", "eval_strategy", "no"),
+        ("training.bf16=false", "training", "bf16", False),
+        ("training.metrics=[chrf, 'bleu:tokenize=zh']", "training", "metrics", ["chrf", "bleu:tokenize=zh"]),
+        ("data.validation=null", "data", "validation", None),
+        ("data.train=[a.en, a.no]", "data", "train", ["a.en", "a.no"]),
+        ("generation.length_penalty=0.6", "generation", "length_penalty", 0.6),
+        ("generation.early_stopping=never", "generation", "early_stopping", "never"),
+    ],
+)
+def test_overrides_are_yaml(experiment_file, override, section, key, value):
+    also = ["training.load_best_model_at_end=false", "generation.num_beams=4"]
+    if "data.validation" in override:
+        also.append("training.eval_strategy=no")
+    experiment = load_experiment(experiment_file, [override, *also])
+    assert vars(getattr(experiment, section))[key] == value
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "training.lerning_rate=1",
+            "unknown key 'training.lerning_rate'; the nearest valid one is 'training.learning_rate'",
+        ),
+        ("model.d_modl=8", "unknown key 'model.d_modl'; the nearest valid one is 'model.d_model'"),
+        ("data.trian=x", "unknown key 'data.trian'; the nearest valid one is 'data.train'"),
+        ("tokenizer.vocabsize=9", "the nearest valid one is 'tokenizer.vocab_size'"),
+        ("generation.beams=4", "the nearest valid one is 'generation.num_beams'"),
+        ("trainer.seed=1", "unknown key 'trainer'; the nearest valid one is 'training'"),
+        ("seed=1", "override 'seed=1': expected section.key=value, for example training.seed=1"),
+        ("training.seed=[1", "override 'training.seed=[1': not valid YAML"),
+        ("training.learning_rate=fast", "training.learning_rate must be a number, got 'fast'"),
+        ("training.learning_rate=true", "training.learning_rate must be a number, got True"),
+        ("training.max_steps=2.5", "training.max_steps must be a whole number, got 2.5"),
+        ("training.bf16=yes", "training.bf16 must be true or false, got 'yes'"),
+        ("training.eval_strategy=often", "training.eval_strategy must be one of no, steps, epoch, got 'often'"),
+        ("training.metrics=bleu", "training.metrics must be a list (a text each), got 'bleu'"),
+        ("training.metrics=[1]", "training.metrics: each entry must be a text, got 1"),
+        ("training.label_smoothing_factor=0.1", "is not used here: set model.label_smoothing"),
+        ("training.resume_from_checkpoint=x", "is not used here: use the flag --resume"),
+        ("data.overlong=cut", "data.overlong must be 'error' or 'drop' or 'truncate', got 'cut'"),
+        ("data.train=7", "data.train must be a text or a list (a text each), got 7"),
+        ("data.validation=null", "training.eval_strategy is 'steps', but there is no data.validation to evaluate on"),
+        ("generation.num_beams=0", "generation.num_beams must be greater than 0, got 0"),
+        ("generation.top_k=4", "`top_k`: `do_sample` is not set to `True`"),
+        ("model.preset=modem", "no preset 'modem'; the nearest is 'modern'"),
+        ("model.model_type=dragomann", "unknown model.model_type 'dragomann'; did you mean 'dragoman'?"),
+        ("model.vocab_size=9", "model.vocab_size comes from the tokenizer; leave it out"),
+        ("model.norm_type=batch", "model.norm_type must be 'layernorm' or 'rmsnorm', got 'batch'"),
+        ("model.decoder_attention_heads=5", "decoder_attention_heads=5 does not divide d_model=12"),
+        ("model.dropout=1.5", "dropout=1.5 must be at least 0 and less than 1"),
+    ],
+)
+def test_mistakes_are_one_sentence(experiment_file, override, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)) as error:
+        load_experiment(experiment_file, [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("data: {train: x}\nmodle: {}", "tiny.yaml: unknown key 'modle'; the nearest valid one is 'model'"),
+        ("data: {train: x, trian: y}", "tiny.yaml: unknown key 'data.trian'; the nearest valid one is 'data.train'"),
+        ("data: {train: x, train: y}", "tiny.yaml: not valid YAML: key 'train' is given twice"),
+        ("model: {d_model: 64}", "tiny.yaml: data.train is missing"),
+        ("data: [x]", "tiny.yaml: section 'data' must hold 'key: value' lines, got ['x']"),
+        ("just a text", "tiny.yaml: expected 'key: value' lines, got 'just a text'"),
+        ("a: [", "tiny.yaml: not valid YAML"),
+    ],
+)
+def test_mistakes_in_the_file_name_the_file(tmp_path, text, sentence):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        load_experiment(path)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml: no such file"):
+        load_experiment(tmp_path / "nowhere.yaml")
+
+
+def test_early_stopping_needs_something_to_watch(experiment_file):
+    with pytest.raises(ValueError, match="early_stopping_patience needs load_best_model_at_end"):
+        load_experiment(
+            experiment_file, ["training.early_stopping_patience=2", "training.load_best_model_at_end=false"]
+        )
+
+
+@pytest.mark.parametrize("metric", ["loss", "wer", "cer", "ter", "sequence_error_rate"])
+def test_errors_and_losses_should_fall(experiment_file, metric):
+    assert not load_experiment(experiment_file, [f"training.metric_for_best_model={metric}"]).training.greater_is_better
+
+
+def test_without_validation_nothing_is_evaluated(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text("data: {train: pairs.tsv}")
+    training = load_experiment(path).training
+    assert training.eval_strategy == "no"
+    assert not training.load_best_model_at_end
+    assert training.output_dir == "runs/short"
+
+
+def test_a_saved_experiment_reads_back(tmp_path, experiment_file):
+    experiment = load_experiment(experiment_file, ["training.learning_rate=1e-5", "generation.num_beams=3"])
+    copy = tmp_path / "experiment.yaml"
+    experiment.save(copy)
+    again = load_experiment(copy)
+    assert again.given == experiment.given
+    assert again.training.to_dict() == experiment.training.to_dict()
+    assert (again.model, again.data, again.tokenizer) == (experiment.model, experiment.data, experiment.tokenizer)
+    assert again.generation == experiment.generation
+
+
+def test_presets_by_name():
+    config = preset("deep_shallow", vocab_size=23, d_model=64)
+    assert isinstance(config, dragoman.DragomanConfig)
+    assert (config.encoder_layers, config.decoder_layers, config.d_model) == (10, 2, 64)
+    with pytest.raises(ValueError, match="unknown key 'd_modl'; the nearest valid one is 'd_model'"):
+        preset("modern", d_modl=64)
+    with pytest.raises(ValueError, match="no preset 'moderne'; the nearest is 'modern'"):
+        preset("moderne")
+    assert {"deep_shallow", "modern", "transformer_2017", "transformer_prenorm"} <= set(preset_names())
+
+
+def test_generation_options():
+    options = [
+        "--num-beams",
+        "4",
+        "--do-sample",
+        "--top_p=0.9",
+        "--early-stopping",
+        "never",
+        "--length-penalty",
+        "-1.5",
+    ]
+    assert parse_generation_options(options).given() == {
+        "num_beams": 4,
+        "do_sample": True,
+        "top_p": 0.9,
+        "early_stopping": "never",
+        "length_penalty": -1.5,
+    }
+    assert parse_generation_options([]).given() == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--num-beems", "4"], "no such option: --num-beems; the nearest valid one is --num-beams"),
+        (["--nbset", "4"], "no such option: --nbset; the nearest valid one is --nbest"),
+        (["--num-beams", "four"], "--num-beams must be a whole number or null, got 'four'"),
+        (["--num-beams"], "--num-beams must be a whole number or null, got True"),
+        (["--num-beams", "0"], "--num_beams must be greater than 0, got 0"),
+        (["4"], "unexpected argument '4'; options start with --"),
+        (["--max-length", "9", "--max-new-tokens", "9"], "max_length and max_new_tokens exclude each other"),
+    ],
+)
+def test_wrong_generation_options(options, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        parse_generation_options(options, ["--nbest"])
+
+
+def test_generation_arguments_are_those_of_transformers():
+    # penalty_alpha and the rest must be settings that generate() knows
+    assert set(vars(GenerationArguments())) <= set(vars(GenerationConfig()))
+
+
+def test_saved_experiments_are_plain_yaml(tmp_path, experiment_file):
+    load_experiment(experiment_file).save(tmp_path / "experiment.yaml")
+    text = (tmp_path / "experiment.yaml").read_text()
+    assert text.startswith("# dragoman train experiment.yaml\n")
+    assert yaml.safe_load(text)["model"]["model_type"] == "dragoman"

@@ -1,0 +1,264 @@
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+
+from dragoman.data.tokenizers import load_tokenizer
+from dragoman.inference.translate import load, translate
+from dragoman.training import run
+from dragoman.training.arguments import load_experiment
+from dragoman.training.run import last_complete_checkpoint, train
+from training.experiments import write_experiment, write_pairs
+
+
+def train_tiny(folder: Path, *overrides: str, resume=False, overwrite=False, **sections) -> Path:
+    folder.mkdir(exist_ok=True)
+    return train(load_experiment(write_experiment(folder, **sections), overrides), resume=resume, overwrite=overwrite)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return train_tiny(tmp_path_factory.mktemp("finished"))
+
+
+def interrupt_in_step(monkeypatch, step: int) -> None:
+    """Press Ctrl-C while the batch of this training step is made."""
+    made = 0
+
+    class Interrupting(run.Seq2SeqCollator):
+        def __call__(self, features, return_tensors=None):
+            nonlocal made
+            if self.model.training:
+                made += 1
+                if made == step:
+                    os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(features, return_tensors)
+
+    monkeypatch.setattr(run, "Seq2SeqCollator", Interrupting)
+
+
+def assert_equal_weights(folder: Path, other: Path) -> None:
+    weights, others = (load_file(path / "model.safetensors") for path in (folder, other))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, others[name]), name
+
+
+def test_a_finished_folder_is_complete(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "experiment.yaml",
+        "modeling_dragoman.py",
+        "README.md",
+        "test_results.json",
+        "trainer_state.json",
+        "complete.json",
+    } <= names
+    assert not list(finished.glob("*.bin"))
+    newest = max((path for path in finished.iterdir() if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+    assert newest.name == "complete.json"
+    assert json.loads(newest.read_text())["step"] == 6
+    scores = json.loads((finished / "test_results.json").read_text())
+    assert scores.keys() == {"bleu", "chrf"}
+    card = (finished / "README.md").read_text()
+    assert f"| chrf | {scores['chrf']:.2f} |" in card
+    for checkpoint in finished.glob("checkpoint-*"):
+        assert (checkpoint / "complete.json").is_file()
+        assert (checkpoint / "experiment.yaml").read_text() == (finished / "experiment.yaml").read_text()
+
+
+def test_it_loads_and_translates_in_three_lines(finished, capsys):
+    exec("\n".join(line.strip() for line in run.usage(finished, "uno due").splitlines()), {})
+    model, tokenizer = load(finished)
+    best = translate(model, tokenizer, ["uno due"])[0][0]
+    assert capsys.readouterr().out == best.text + "\n"
+
+
+def test_the_best_checkpoint_is_kept(finished):
+    state = json.loads((finished / "trainer_state.json").read_text())
+    scores = {log["step"]: log["eval_chrf"] for log in state["log_history"] if "eval_chrf" in log}
+    assert scores.keys() == {2, 4, 6}
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert state["best_metric"] == scores[best]
+    assert_equal_weights(finished, finished / f"checkpoint-{best}")
+
+
+def test_generation_settings_survive_the_evaluations(finished):
+    folders = [finished, *finished.glob("checkpoint-*")]
+    assert len(folders) == 4
+    for folder in folders:
+        saved = json.loads((folder / "generation_config.json").read_text())
+        del saved["transformers_version"]
+        # the longest target has 4 words and </s>: ceil(1.5 * 5) and the start token
+        assert saved == {
+            "bos_token_id": 0,
+            "pad_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 0,
+            "max_length": 9,
+        }
+
+
+def test_generation_settings_of_the_file_are_saved(tmp_path):
+    output = train_tiny(tmp_path, "training.max_steps=2", generation={"num_beams": 3, "max_new_tokens": 5})
+    config = GenerationConfig.from_pretrained(output)
+    assert (config.num_beams, config.max_new_tokens, config.max_length, config.top_k) == (3, 5, None, None)
+    assert "beam search, 3 beams" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_ctrl_c_and_resume_give_the_weights_of_an_uninterrupted_run(tmp_path, monkeypatch, finished, step):
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, step)
+        with pytest.raises(KeyboardInterrupt, match=r"saved after step \d; the same command with --resume goes on"):
+            train_tiny(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (tmp_path / "run" / "complete.json").exists()
+    assert 0 < int(last_complete_checkpoint(tmp_path / "run").name.split("-")[1]) < 6
+    output = train_tiny(tmp_path, resume=True)
+    assert_equal_weights(output, finished)
+    for name in ("test_results.json", "complete.json", "generation_config.json"):
+        assert (output / name).read_text() == (finished / name).read_text()
+    optimizers = [torch.load(folder / "checkpoint-6" / "optimizer.pt") for folder in (output, finished)]
+    for index, moments in optimizers[0]["state"].items():
+        assert torch.equal(moments["exp_avg_sq"], optimizers[1]["state"][index]["exp_avg_sq"])
+
+
+def test_an_unfinished_checkpoint_is_skipped(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "run")
+    for name in ("complete.json", "checkpoint-6/complete.json", "checkpoint-6/optimizer.pt"):
+        (tmp_path / "run" / name).unlink()
+    assert last_complete_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    shutil.copy(finished / "checkpoint-2" / "model.safetensors", tmp_path / "run" / "checkpoint-6")
+    experiment = load_experiment(finished / "experiment.yaml", [f"training.output_dir={tmp_path / 'run'}"])
+    assert_equal_weights(train(experiment, resume=True), finished)
+
+
+def test_resuming_another_experiment_is_refused(finished):
+    experiment = load_experiment(finished / "experiment.yaml", ["model.d_model=16", "tokenizer.kind=char"])
+    with pytest.raises(ValueError, match=r"was started with another model\.d_model, tokenizer\.kind"):
+        train(experiment, resume=True)
+
+
+def test_resume_without_a_checkpoint_starts_anew(tmp_path, capsys):
+    output = train_tiny(tmp_path, "training.max_steps=2", resume=True)
+    assert "holds no complete checkpoint: starting anew" in capsys.readouterr().out
+    assert (output / "complete.json").is_file()
+
+
+def test_a_used_folder_is_not_touched_without_a_word(tmp_path):
+    train_tiny(tmp_path, "training.max_steps=2")
+    with pytest.raises(ValueError, match="run is not empty: --resume goes on with its run, --overwrite deletes it"):
+        train_tiny(tmp_path)
+    stray = tmp_path / "run" / "checkpoint-9"
+    stray.mkdir()
+    train_tiny(tmp_path, "training.max_steps=2", overwrite=True)
+    assert not stray.exists()
+
+
+def test_overwrite_deletes_only_what_a_run_made(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"is not empty and holds no experiment\.yaml"):
+        train_tiny(tmp_path, overwrite=True)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write to .*file/run: Not a directory"):
+        train_tiny(tmp_path, f"training.output_dir={tmp_path / 'file' / 'run'}")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"the disk of .*run is full; make room and go on with --resume"):
+        train_tiny(tmp_path)
+    assert last_complete_checkpoint(tmp_path / "run") is None
+
+
+def test_early_stopping(tmp_path):
+    output = train_tiny(
+        tmp_path, training={"learning_rate": 0.0, "early_stopping_patience": 2, "max_steps": 30, "save_total_limit": 1}
+    )
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["global_step"] == 6  # the first evaluation is the best, two more do not better it
+
+
+def test_two_vocabularies(tmp_path):
+    separate = {"tokenizer": {"joint": False}, "model": {"share_embeddings": False}}
+    output = train_tiny(tmp_path, "training.max_steps=2", **separate)
+    processor = load_tokenizer(output)
+    model = AutoModelForSeq2SeqLM.from_pretrained(output)
+    assert model.config.vocab_size == len(processor.target_tokenizer)
+    assert model.config.source_vocab_size == len(processor.tokenizer)
+
+
+def test_two_vocabularies_cannot_share_embeddings(tmp_path):
+    with pytest.raises(ValueError, match="two vocabularies cannot share embeddings"):
+        train_tiny(tmp_path, tokenizer={"joint": False})
+
+
+def test_dropped_pairs_are_counted(tmp_path, capsys):
+    limits = {"max_source_length": 4, "overlong": "drop"}
+    write_experiment(tmp_path)
+    data = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    train_tiny(tmp_path, "training.max_steps=2", data=data | limits)
+    out = capsys.readouterr().out
+    assert "train: kept 18 of 23 pairs; dropped 5: 5 with a source longer than 4 tokens" in out
+    assert "validation: kept 5 of 5 pairs" in out  # a score counts every pair
+    assert "vocabulary: 11 joint" in out
+    assert "parameters" in out
+
+
+def test_overlong_pairs_are_an_error_by_default(tmp_path):
+    write_experiment(tmp_path)
+    data = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    with pytest.raises(ValueError, match=r"data\.train: pair 4 .* the source has 5 tokens and max_source_length is 4"):
+        train_tiny(tmp_path, data={**data, "max_source_length": 4})
+
+
+def test_an_unknown_metric_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="there is no metric 'blue': did you mean 'bleu'"):
+        train_tiny(tmp_path, training={"metrics": ["blue"]})
+    with pytest.raises(ValueError, match="metric_for_best_model must be one of loss, bleu, got 'chrf'"):
+        train_tiny(tmp_path, training={"metrics": ["bleu"]})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_tokenizer_can_be_reused(tmp_path, finished):
+    output = train_tiny(tmp_path, "training.max_steps=2", tokenizer={"path": str(finished)})
+    assert (output / "tokenizer.json").read_text() == (finished / "tokenizer.json").read_text()
+
+
+def test_the_same_seed_gives_the_same_model(tmp_path, finished):
+    assert_equal_weights(train_tiny(tmp_path / "again"), finished)
+    other = load_file(train_tiny(tmp_path / "other", "training.seed=7") / "model.safetensors")
+    weights = load_file(finished / "model.safetensors")
+    assert not any(torch.equal(weights[name], other[name]) for name in weights if weights[name].dim() == 2)
+
+
+def test_training_learns(tmp_path):
+    write_experiment(tmp_path)
+    pairs = write_pairs(tmp_path / "few.jsonl", 4)
+    output = train_tiny(
+        tmp_path,
+        data={"train": pairs, "validation": pairs, "test": pairs},
+        model={"preset": "modern", "d_model": 24, "dropout": 0.0, "label_smoothing": 0.0},
+        training={"max_steps": 60, "eval_steps": 30, "save_steps": 30},
+    )
+    assert json.loads((output / "test_results.json").read_text())["chrf"] == pytest.approx(100)
