@@ -84,6 +84,23 @@ def transformer(name: str, **settings) -> Family:
     )
 
 
+RNN_SIZES = {
+    "vocab_size": V,
+    "embedding_dim": 9,
+    "hidden_size": D,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "tie_lm_head": False,
+    "dropout": 0.0,
+}
+
+
+def rnn(name: str, **settings) -> Family:
+    return Family(
+        name, dragoman.DragomanRnnConfig, dragoman.DragomanRnnForConditionalGeneration, {**RNN_SIZES, **settings}
+    )
+
+
 FAMILIES = [
     transformer("modern", encoder_num_key_value_heads=1, decoder_num_key_value_heads=1),
     transformer("2017", **POST_NORM_2017),
@@ -102,6 +119,21 @@ FAMILIES = [
     transformer(
         "unordered", position_embedding_type="none", attention_direction="unidirectional", sinusoid_layout="halves"
     ),
+    rnn(
+        "gru",
+        cell="gru",
+        attention="none",
+        bidirectional_encoder=False,
+        context_every_step=True,
+        embedding_dim=D,
+        tie_lm_head=True,
+    ),
+    rnn("lstm", attention="none", bidirectional_encoder=False, reverse_source=True, lm_head_bias=True),
+    rnn("bahdanau", attention="additive", context_every_step=True, encoder_layers=3),
+    rnn("luong", attention="dot", input_feeding=True, share_embeddings=False, source_vocab_size=31),
+    rnn("general"),
+    rnn("edm", attention="context_as_state", attention_direction="unidirectional"),
+    rnn("plain", cell="rnn", attention="scaled_dot", bidirectional_encoder=False),
 ]
 
 

@@ -220,11 +220,10 @@ class PlainTransformer(nn.Module):
     pre-norm: embeddings of their own for both sides, not scaled; final norms; untied output layer with bias; GELU.
     """
 
-    def __init__(
-        self, source_vocab, target_vocab, width, heads, encoder_layers, decoder_layers, inner, inner_decoder, pre_norm
-    ):
+    def __init__(self, source_vocab, target_vocab, width, heads, layers, inner, pre_norm):
         super().__init__()
         self.pre_norm, self.width = pre_norm, width
+        (encoder_layers, decoder_layers), (inner, inner_decoder) = layers, inner
         activation = nn.GELU() if pre_norm else nn.ReLU()
         self.source_embedding = nn.Embedding(source_vocab, width)
         self.target_embedding = nn.Embedding(target_vocab, width) if pre_norm else self.source_embedding

@@ -181,7 +181,7 @@ def test_contrastive_returns_what_greedy_returns(any_family, batch):
     if any_family.is_transformer:
         model.set_attn_implementation("eager")
     asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True,
-             "output_hidden_states": True, "output_attentions": True}  # fmt: skip
+             "output_hidden_states": True, "output_attentions": True, "eos_token_id": None}  # fmt: skip
     contrastive = generate(model, batch, penalty_alpha=1e-9, top_k=4, **asked)
     greedy = generate(model, batch, **asked)
     assert type(contrastive) is type(greedy)

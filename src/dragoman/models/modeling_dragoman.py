@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import DragomanCrossAttention, DragomanSelfAttention
 from .configuration_dragoman import DragomanConfig
+from .embeddings import DragomanScaledEmbedding, TokenTables
 from .generation import DragomanGenerationMixin
 from .loss import next_token_loss
 from .masks import cross_mask, decoder_self_mask, encoder_self_mask
@@ -152,13 +153,6 @@ class DragomanDecoderLayer(GradientCheckpointingLayer):
         return self.residual(hidden_states, self.mlp_norm, self.dropout, self.mlp)
 
 
-class DragomanScaledEmbedding(nn.Embedding):
-    """An embedding times sqrt(D) (Vaswani 2017, section 3.4)."""
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(input_ids) * self.embedding_dim**0.5
-
-
 class DragomanPreTrainedModel(PreTrainedModel):
     """What all models of the family tell Transformers about themselves."""
 
@@ -254,6 +248,19 @@ class DragomanStack(DragomanPreTrainedModel):
         angles = None if self.rotary is None else self.rotary(embeds, position_ids)
         return self.dropout(self.embedding_norm(embeds)), angles
 
+    def bias_of_positions(self, embeds, past_key_values: EncoderDecoderCache | None = None) -> torch.Tensor | None:
+        """Relative biases (1, H, T, K) for every layer, or None. Places are counted in the row, padding included."""
+        if self.relative_bias is None:
+            return None
+        length = num_keys = embeds.shape[1]
+        places = torch.arange(length, device=embeds.device)
+        if past_key_values is not None:
+            num_keys, _ = past_key_values.get_mask_sizes(length, 0)
+            places = places + past_key_values.get_seq_length()
+        bias = self.relative_bias(places, num_keys)
+        # Flex attention reads it by row and does not broadcast.
+        return bias.expand(len(embeds), -1, -1, -1) if self.config._attn_implementation == "flex_attention" else bias
+
     def remaining_layers(self):
         """All layers; in training each is left out with probability `layerdrop` (Fan 2020)."""
         for layer in self.layers:
@@ -285,10 +292,7 @@ class DragomanEncoder(DragomanStack):
         embeds = self.embed(input_ids, inputs_embeds)
         position_ids = self.positions(embeds, position_ids, attention_mask, segment_ids)
         mask = encoder_self_mask(self.config, embeds, attention_mask, segment_ids)
-        position_bias = None
-        if self.relative_bias is not None:
-            places = torch.arange(embeds.shape[1], device=embeds.device)
-            position_bias = self.relative_bias(places, embeds.shape[1])
+        position_bias = self.bias_of_positions(embeds)
         hidden_states, angles = self.enter(embeds, position_ids)
         for layer in self.remaining_layers():
             hidden_states = layer(hidden_states, mask, rotary_angles=angles, position_bias=position_bias, **kwargs)
@@ -355,12 +359,7 @@ class DragomanDecoder(DragomanStack):
             segment_ids,
             encoder_segment_ids,
         )
-        position_bias = None
-        if self.relative_bias is not None:
-            length = num_keys = embeds.shape[1]
-            if past_key_values is not None:
-                num_keys, _ = past_key_values.get_mask_sizes(length, 0)
-            position_bias = self.relative_bias(torch.arange(length, device=embeds.device) + past_length, num_keys)
+        position_bias = self.bias_of_positions(embeds, past_key_values)
         hidden_states, angles = self.enter(embeds, position_ids)
         for layer in self.remaining_layers():
             hidden_states = layer(
@@ -379,7 +378,7 @@ class DragomanDecoder(DragomanStack):
         )
 
 
-class DragomanModel(DragomanPreTrainedModel):
+class DragomanModel(TokenTables, DragomanPreTrainedModel):
     """Encoder and decoder without a head: token ids in, decoder states out."""
 
     def __init__(self, config: DragomanConfig):
@@ -391,14 +390,6 @@ class DragomanModel(DragomanPreTrainedModel):
         self.encoder = DragomanEncoder(config)
         self.decoder = DragomanDecoder(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.embed_tokens
-
-    def set_input_embeddings(self, value: Any):
-        self.encoder.embed_tokens = value
-        if self.config.share_embeddings and self.config.tie_word_embeddings:
-            self.decoder.embed_tokens = value
 
     @can_return_tuple
     def forward(
@@ -521,7 +512,7 @@ class DragomanEncoderModel(DragomanPreTrainedModel):
         )
 
 
-class DragomanForConditionalGeneration(DragomanPreTrainedModel, DragomanGenerationMixin):
+class DragomanForConditionalGeneration(TokenTables, DragomanPreTrainedModel, DragomanGenerationMixin):
     """The model to train and to translate with: encoder, decoder and an output layer over the target vocabulary."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -537,17 +528,17 @@ class DragomanForConditionalGeneration(DragomanPreTrainedModel, DragomanGenerati
         if self.generation_config.max_length is None:
             self.generation_config.max_length = config.max_position_embeddings
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: Any):
-        self.model.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module):
         self.lm_head = value
+
+    def prepare_inputs_for_generation(self, input_ids, decoder_attention_mask=None, **kwargs):
+        """As the host's, and positions that do not count the padding of a prompt, which a static cache would hide."""
+        if decoder_attention_mask is not None and decoder_attention_mask.ndim == 2:
+            kwargs.setdefault("decoder_position_ids", count_positions(decoder_attention_mask, decoder_attention_mask))
+        return super().prepare_inputs_for_generation(input_ids, decoder_attention_mask=decoder_attention_mask, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,72 @@
+"""The token tables of the source and of the target: scaled, shared or separate, and resized."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+# Shapes: B batch, T tokens, D width.
+
+
+class DragomanScaledEmbedding(nn.Embedding):
+    """An embedding times sqrt(D) (Vaswani 2017, section 3.4)."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, T) -> (B, T, D)"""
+        return super().forward(input_ids) * self.embedding_dim**0.5
+
+
+class TokenTables:
+    """
+    Access to the tables of a model with an `encoder.embed_tokens` and a `decoder.embed_tokens`, which are one where
+    `share_embeddings` says so. To Transformers the source's table is "the input embeddings".
+    """
+
+    config: Any
+    get_encoder: Any
+    get_decoder: Any
+    _get_resized_embeddings: Any
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.get_encoder().embed_tokens
+
+    def set_input_embeddings(self, value: Any):
+        self.get_encoder().embed_tokens = value
+        if self._tables_are_one():
+            self.get_decoder().embed_tokens = value
+
+    def _tables_are_one(self) -> bool:
+        return self.config.share_embeddings and self.config.tie_word_embeddings
+
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        """`vocab_size` is the target's, so `resize_token_embeddings` resizes the target's table and the output layer,
+        and the source's with them where both sides have one vocabulary."""
+        resize: Any = super()
+        if self._tables_are_one():
+            table = resize._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+            if self.config.source_vocab_size is not None:
+                self.config.source_vocab_size = table.num_embeddings
+            return table
+        source = self.get_input_embeddings()
+        self.set_input_embeddings(self.get_decoder().embed_tokens)  # what the host resizes together with the head
+        table = resize._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.get_decoder().embed_tokens = table
+        if self.config.source_vocab_size is None:
+            source = self._get_resized_embeddings(source, table.num_embeddings, None, mean_resizing)
+        self.set_input_embeddings(source)
+        return table
+
+    def resize_source_token_embeddings(self, new_num_tokens: int, mean_resizing: bool = True) -> nn.Module:
+        """
+        Resizes the source's table where source and target have vocabularies of their own.
+
+        Raises:
+            ValueError: they have one; `resize_token_embeddings` is the method then.
+        """
+        if self.config.source_vocab_size is None or self.config.share_embeddings:
+            raise ValueError("Source and target share one vocabulary: use resize_token_embeddings, which resizes both.")
+        table = self._get_resized_embeddings(self.get_input_embeddings(), new_num_tokens, None, mean_resizing)
+        self.set_input_embeddings(table)
+        self.config.source_vocab_size = new_num_tokens
+        return table
