@@ -4,14 +4,17 @@ Dragoman: encoder-decoder models for Hugging Face Transformers.
 Importing this package registers its models, so that `AutoModelForSeq2SeqLM` and the other Auto classes know them.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor
 
 from .models.configuration_dragoman import DragomanConfig
+from .models.configuration_dragoman_rnn import DragomanRnnConfig
 from .models.modeling_dragoman import (
     DragomanEncoderModel,
     DragomanForConditionalGeneration,
     DragomanModel,
 )
+from .models.modeling_dragoman_rnn import DragomanRnnForConditionalGeneration, DragomanRnnModel
+from .models.processing_dragoman import DragomanProcessor
 
 
 __version__ = "0.1.0"
@@ -21,13 +24,25 @@ __all__ = [
     "DragomanEncoderModel",
     "DragomanForConditionalGeneration",
     "DragomanModel",
+    "DragomanProcessor",
+    "DragomanRnnConfig",
+    "DragomanRnnForConditionalGeneration",
+    "DragomanRnnModel",
 ]
 
 AutoConfig.register("dragoman", DragomanConfig, exist_ok=True)
 AutoModel.register(DragomanConfig, DragomanModel, exist_ok=True)
 AutoModelForSeq2SeqLM.register(DragomanConfig, DragomanForConditionalGeneration, exist_ok=True)
+AutoConfig.register("dragoman_rnn", DragomanRnnConfig, exist_ok=True)
+AutoModel.register(DragomanRnnConfig, DragomanRnnModel, exist_ok=True)
+AutoModelForSeq2SeqLM.register(DragomanRnnConfig, DragomanRnnForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(DragomanConfig, DragomanProcessor, exist_ok=True)
 
 # A saved model carries the code that loads it where this package is not installed.
 DragomanConfig.register_for_auto_class()
 DragomanModel.register_for_auto_class("AutoModel")
 DragomanForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+DragomanRnnConfig.register_for_auto_class()
+DragomanRnnModel.register_for_auto_class("AutoModel")
+DragomanRnnForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+DragomanProcessor.register_for_auto_class("AutoProcessor")
