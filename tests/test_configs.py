@@ -14,7 +14,8 @@ from dragoman.training.arguments import load_experiment, preset, preset_names
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
 PRESETS = sorted(CONFIGS.glob("models/*.yaml"))
-SMALL = {
+SMALL_RNN = {"embedding_dim": 10, "hidden_size": 14}
+SMALL_TRANSFORMER = {
     "d_model": 24,
     "encoder_layers": 2,
     "decoder_layers": 1,
@@ -56,7 +57,8 @@ def test_every_key_is_explained_where_it_stands(path):
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_build_small(name):
-    assert_it_runs(preset(name, vocab_size=53, **SMALL))
+    recurrent = preset(name).model_type == "dragoman_rnn"
+    assert_it_runs(preset(name, vocab_size=53, **(SMALL_RNN if recurrent else SMALL_TRANSFORMER)))
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)

@@ -32,10 +32,18 @@ def test_sections_become_typed_objects(experiment_file):
     assert experiment.training.greater_is_better
 
 
-def test_keys_given_win_over_the_preset(experiment_file):
-    experiment = load_experiment(experiment_file, ["model.preset=transformer_2017"])
+def test_keys_of_the_file_win_over_its_preset(tmp_path):
+    path = write_experiment(tmp_path, model={"preset": "transformer_2017"})
+    experiment = load_experiment(path)
     assert experiment.model["norm_position"] == "post"
     assert experiment.model["d_model"] == 12
+
+
+def test_another_preset_takes_the_place_of_the_model_section(experiment_file):
+    experiment = load_experiment(experiment_file, ["model.dropout=0.3", "model.preset=transformer_2017"])
+    assert experiment.model["norm_position"] == "post"
+    assert experiment.model["d_model"] == 512
+    assert experiment.model["dropout"] == 0.3
 
 
 @pytest.mark.parametrize(
@@ -119,6 +127,14 @@ def test_mistakes_in_the_file_name_the_file(tmp_path, text, sentence):
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         load_experiment(path)
+
+
+def test_an_empty_section_is_one_of_defaults(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text("data: {train: pairs.tsv}\ngeneration:\ntokenizer: # all as usual\n")
+    experiment = load_experiment(path)
+    assert experiment.generation.given() == {}
+    assert experiment.tokenizer.vocab_size == 8000
 
 
 def test_a_missing_file(tmp_path):

@@ -240,6 +240,12 @@ def test_an_unknown_metric_is_refused_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mistake_leaves_the_output_folder_free(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl does not exist"):
+        train_tiny(tmp_path, "data.train=nowhere.jsonl")
+    assert (train_tiny(tmp_path, "training.max_steps=2") / "complete.json").is_file()
+
+
 def test_a_trained_tokenizer_can_be_reused(tmp_path, finished):
     output = train_tiny(tmp_path, "training.max_steps=2", tokenizer={"path": str(finished)})
     assert (output / "tokenizer.json").read_text() == (finished / "tokenizer.json").read_text()

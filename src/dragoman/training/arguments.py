@@ -16,7 +16,7 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib import resources
@@ -211,77 +211,46 @@ class Experiment:
 def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
     """Read a YAML file, apply overrides such as `training.learning_rate=2e-3` (values are YAML too), check it all.
 
+    The override `model.preset=NAME` takes the place of the file's whole model section.
+
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: not YAML, a key twice, an unknown or missing key, a value of the wrong type or out of range.
     """
     path = Path(path)
-    sections: dict[str, dict[str, Any]] = {}
-    names = ["model", *_SECTIONS]
-    for name, keys in _read_mapping(path).items():
-        _check_key(name, names, f"{path}: ")
-        if not isinstance(keys, dict):
+    written = _read_mapping(path)
+    for name, keys in written.items():
+        _check_key(name, ["model", *_SECTIONS], f"{path}: ")
+        if not isinstance(keys, dict | None):
             raise ValueError(f"{path}: section '{name}' must hold 'key: value' lines, got {keys!r}")
-        sections[name] = dict(keys)
-
-    overridden = set()
-    for override in overrides:
-        match = re.fullmatch(r"(\w+)\.(\w+)=(.*)", override, flags=re.DOTALL)
-        if match is None:
-            raise ValueError(f"override {override!r}: expected section.key=value, for example training.seed=1")
-        section, key, value = match.groups()
-        _check_key(section, names, f"override {override!r}: ")
-        sections.setdefault(section, {})[key] = _parse_yaml(value, f"override {override!r}")
-        overridden.add((section, key))
+    sections = {name: dict(written.get(name) or {}) for name in ("model", *_SECTIONS)}
+    changes = [_parse_override(override, list(sections)) for override in overrides]
+    if any((section, key) == ("model", "preset") for section, key, _ in changes):
+        sections["model"] = {}  # the sizes of another architecture would be wrong here, or unknown
+    for section, key, value in changes:
+        sections[section][key] = value
+    overridden = {(section, key) for section, key, _ in changes}
 
     def where(section: str, key: str) -> str:
         return f"override {section}.{key}: " if (section, key) in overridden else f"{path}: "
 
-    model = sections.get("model", {})
-    if "preset" in model:
-        given = {key: value for key, value in model.items() if key != "preset"}
-        model = {**_read_preset(str(model["preset"]), where("model", "preset")), **given}
-    model = {"model_type": "dragoman", **model}
-    config_class = _config_class(model["model_type"], where("model", "model_type"))
-    hints = get_type_hints(config_class, localns={"torch": torch})  # transformers imports it for type checkers only
-    for key, value in model.items():
-        if key in _FROM_THE_TOKENIZER:
-            raise ValueError(f"{where('model', key)}model.{key} comes from the tokenizer; leave it out")
-        if key != "model_type":
-            valid = [name for name in _config_keys(config_class) if name not in _FROM_THE_TOKENIZER]
-            _check_key(key, valid, where("model", key), "model.")
-            standard_name = config_class.attribute_map.get(key, key)
-            model[key] = _typed(value, hints[standard_name], f"{where('model', key)}model.{key}")
-    _build_config(model, f"{path}: model")
-
+    sections["model"] = _checked_model(sections["model"], where)
+    _build_config(sections["model"], f"{path}: model")
+    sections["training"].setdefault("output_dir", f"runs/{path.stem}")
     built: dict[str, Any] = {}
-    for section, section_class in _SECTIONS.items():
-        keys = sections.get(section, {})
-        hints = get_type_hints(section_class)
-        valid = [f.name for f in dataclasses.fields(section_class) if f.init and f.name not in _DECIDED_ELSEWHERE]
-        for key, value in keys.items():
-            if key in _DECIDED_ELSEWHERE:
-                raise ValueError(f"{where(section, key)}{section}.{key} is not used here: {_DECIDED_ELSEWHERE[key]}")
-            _check_key(key, valid, where(section, key), f"{section}.")
-            keys[key] = _typed(value, hints[key], f"{where(section, key)}{section}.{key}")
-        required = [f.name for f in dataclasses.fields(section_class) if _is_required(f)]
-        for key in required:
-            if key not in keys:
-                raise ValueError(f"{path}: {section}.{key} is missing")
-        defaults: dict[str, Any] = {}
-        if section == "training":
-            defaults["output_dir"] = f"runs/{path.stem}"
-            if built["data"].validation is None:
-                defaults |= _WITHOUT_VALIDATION
-                if keys.get("eval_strategy", "no") != "no":
-                    raise ValueError(
-                        f"{where(section, 'eval_strategy')}training.eval_strategy is {keys['eval_strategy']!r}, "
-                        "but there is no data.validation to evaluate on"
-                    )
+    for name, section_class in _SECTIONS.items():
+        keys = _checked_section(name, section_class, sections[name], where)
+        if name == "training" and built["data"].validation is None:
+            if keys.get("eval_strategy", "no") != "no":
+                raise ValueError(
+                    f"{where(name, 'eval_strategy')}training.eval_strategy is {keys['eval_strategy']!r}, "
+                    "but there is no data.validation to evaluate on"
+                )
+            keys = _WITHOUT_VALIDATION | keys
         try:
-            built[section] = section_class(**{**defaults, **keys})
+            built[name] = section_class(**keys)
         except ValueError as error:
-            raise ValueError(f"{path}: {section}: {_one_line(error)}") from error
+            raise ValueError(f"{path}: {name}: {_one_line(error)}") from error
 
     _check_generation(built["generation"], f"{path}: generation.")
     try:  # what generate() would ignore (top_k without sampling) cannot be saved with a model
@@ -290,10 +259,52 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         generation_config.validate(strict=True)
     except ValueError as error:
         raise ValueError(f"{path}: generation: {_one_line(error)}") from error
-    given_sections = {"model": model} | {name: sections[name] for name in _SECTIONS if name in sections}
-    # An output folder that follows from the file's name would change when the saved copy is read under another name.
-    given_sections.setdefault("training", {}).setdefault("output_dir", built["training"].output_dir)
-    return Experiment(model=model, given=given_sections, **built)
+    return Experiment(model=sections["model"], given=sections, **built)
+
+
+def _parse_override(override: str, sections: list[str]) -> tuple[str, str, Any]:
+    match = re.fullmatch(r"(\w+)\.(\w+)=(.*)", override, flags=re.DOTALL)
+    if match is None:
+        raise ValueError(f"override {override!r}: expected section.key=value, for example training.seed=1")
+    section, key, value = match.groups()
+    _check_key(section, sections, f"override {override!r}: ")
+    return section, key, _parse_yaml(value, f"override {override!r}")
+
+
+def _checked_model(given: dict[str, Any], where: Callable[[str, str], str]) -> dict[str, Any]:
+    """The model section with its preset merged in, `model_type` first."""
+    keys = {key: value for key, value in given.items() if key != "preset"}
+    if "preset" in given:
+        keys = _read_preset(str(given["preset"]), where("model", "preset")) | keys
+    keys = {"model_type": "dragoman"} | keys
+    config_class = _config_class(keys["model_type"], where("model", "model_type"))
+    hints = get_type_hints(config_class, localns={"torch": torch})  # transformers imports it for type checkers only
+    valid = [name for name in _config_keys(config_class) if name not in _FROM_THE_TOKENIZER]
+    for key in keys.keys() - {"model_type"}:
+        name = f"{where('model', key)}model.{key}"
+        if key in _FROM_THE_TOKENIZER:
+            raise ValueError(f"{name} comes from the tokenizer; leave it out")
+        _check_key(key, valid, where("model", key), "model.")
+        keys[key] = _typed(keys[key], hints[config_class.attribute_map.get(key, key)], name)
+    return keys
+
+
+def _checked_section(
+    name: str, section_class: type, given: dict[str, Any], where: Callable[[str, str], str]
+) -> dict[str, Any]:
+    """The keys of any other section, each known, of the right type and none missing."""
+    hints = get_type_hints(section_class)
+    fields = [f for f in dataclasses.fields(section_class) if f.init and f.name not in _DECIDED_ELSEWHERE]
+    keys = {}
+    for key, value in given.items():
+        if key in _DECIDED_ELSEWHERE:
+            raise ValueError(f"{where(name, key)}{name}.{key} is not used here: {_DECIDED_ELSEWHERE[key]}")
+        _check_key(key, [f.name for f in fields], where(name, key), f"{name}.")
+        keys[key] = _typed(value, hints[key], f"{where(name, key)}{name}.{key}")
+    for f in fields:
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in keys:
+            raise ValueError(f"{where(name, f.name)}{name}.{f.name} is missing")
+    return keys
 
 
 def preset(name: str, **overrides: Any) -> PreTrainedConfig:
@@ -392,10 +403,6 @@ def _build_config(keys: dict[str, Any], where: str, **more: Any) -> PreTrainedCo
         return CONFIG_MAPPING[keys["model_type"]](**values, **more)
     except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"{where}: {_one_line(error.__cause__ or error)}") from error
-
-
-def _is_required(f: dataclasses.Field) -> bool:
-    return f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -73,8 +74,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     _check_metrics(arguments)
     say: Callable[..., None] = Console(soft_wrap=True, quiet=arguments.process_index > 0).print
     with _one_sentence_for_disk_errors(output):
-        if arguments.process_index == 0:
-            _claim(output, experiment, resume, overwrite)
+        _check_output(output, experiment, resume, overwrite)
         checkpoint = last_complete_checkpoint(output) if resume else None
     if resume:
         say(f"Resuming from {checkpoint}" if checkpoint else f"{output} holds no complete checkpoint: starting anew")
@@ -108,6 +108,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Progress)
     with _one_sentence_for_disk_errors(output), companion.catching_ctrl_c():
+        if arguments.process_index == 0:
+            _claim_output(output, experiment, overwrite)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     scores: dict[str, float] = {}
@@ -254,33 +256,37 @@ def _check_metrics(arguments: TrainingArguments) -> None:
         raise ValueError(f"training.metric_for_best_model must be one of {', '.join(known)}, got {best!r}")
 
 
-def _claim(output: Path, experiment: Experiment, resume: bool, overwrite: bool) -> None:
-    """Make the output folder this run's own, or refuse."""
+def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder that another run uses, or that cannot be written."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    written = output / EXPERIMENT_FILE
-    in_use = output.is_dir() and any(output.iterdir())
+    output.mkdir(parents=True, exist_ok=True)
+    if not os.access(output, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    in_use = any(output.iterdir())
     if in_use and not (resume or overwrite):
         raise ValueError(f"{output} is not empty: --resume goes on with its run, --overwrite deletes it")
-    if in_use and not written.is_file():
-        raise ValueError(
-            f"{output} is not empty and holds no {EXPERIMENT_FILE}, so no run of dragoman made it; choose another"
-        )
-    if in_use and overwrite:
-        shutil.rmtree(output)
+    if in_use and not (output / EXPERIMENT_FILE).is_file():
+        raise ValueError(f"{output} is not empty and holds no {EXPERIMENT_FILE}: no run made it, so choose another")
     if in_use and resume:
-        before = load_experiment(written).given
+        before, now = load_experiment(output / EXPERIMENT_FILE).given, experiment.given
         changed = [
             f"{section}.{key}"
             for section in ("model", "data", "tokenizer")
-            for key in sorted({**before.get(section, {}), **experiment.given.get(section, {})})
-            if before.get(section, {}).get(key) != experiment.given.get(section, {}).get(key)
+            for key in sorted(before[section].keys() | now[section].keys())
+            if before[section].get(key) != now[section].get(key)
         ]
         if changed:
             raise ValueError(f"cannot resume {output}: it was started with another {', '.join(changed)}")
-        (output / COMPLETE_FILE).unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
-    experiment.save(written)
+
+
+def _claim_output(output: Path, experiment: Experiment, overwrite: bool) -> None:
+    """Make the folder this run's own; only now, so that a mistake found before leaves it as it was."""
+    if overwrite:
+        shutil.rmtree(output)
+        output.mkdir()
+    (output / COMPLETE_FILE).unlink(missing_ok=True)
+    experiment.save(output / EXPERIMENT_FILE)
 
 
 def _read(experiment: Experiment) -> dict[str, Dataset]:
