@@ -41,7 +41,8 @@ def _stack(weights, config, side, ids, memory):
     if config.scale_embedding:
         x = x * math.sqrt(width)
     if config.position_embedding_type == "sinusoidal":
-        x = x + sinusoids(len(ids), width, config.sinusoid_layout).to(x)
+        table = sinusoids(len(ids) + config.sinusoid_offset, width, config.sinusoid_layout, config.sinusoid_endpoint)
+        x = x + table[config.sinusoid_offset :].to(x)
     if config.position_embedding_type == "learned":
         x = x + weights[prefix + "embed_positions.weight"][: len(ids)]
     if config.embedding_norm:
@@ -60,11 +61,11 @@ def _stack(weights, config, side, ids, memory):
     return _norm(weights, config, prefix + "norm", x) if config.final_norm else x
 
 
-def sinusoids(length: int, width: int, layout: str) -> torch.Tensor:
+def sinusoids(length: int, width: int, layout: str, endpoint: bool = False) -> torch.Tensor:
     table = torch.zeros(length, width, dtype=torch.float64)
     for position in range(length):
         for pair in range(width // 2):
-            angle = position / 10000 ** (2 * pair / width)
+            angle = position / 10000 ** (pair / (width // 2 - 1) if endpoint else 2 * pair / width)
             sine, cosine = (2 * pair, 2 * pair + 1) if layout == "interleaved" else (pair, width // 2 + pair)
             table[position, sine], table[position, cosine] = math.sin(angle), math.cos(angle)
     return table

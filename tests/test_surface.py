@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, Seq2SeqTrainingArguments
 
 import dragoman
 from dragoman.cli import app
+from dragoman.inference.arguments import GenerationArguments
 from dragoman.training import arguments
 
 
@@ -73,7 +74,7 @@ def test_sections_of_an_experiment():
 
 
 def test_generation_options():
-    assert set(vars(arguments.GenerationArguments())) == {
+    assert set(vars(GenerationArguments())) == {
         "bad_words_ids",
         "begin_suppress_tokens",
         "cache_implementation",
@@ -137,6 +138,7 @@ def test_transformer_configuration():
         "encoder_layers",
         "encoder_num_key_value_heads",
         "eos_token_id",
+        "final_dropout",
         "final_norm",
         "gated_mlp",
         "init_std",
@@ -155,9 +157,12 @@ def test_transformer_configuration():
         "relative_max_distance",
         "relative_num_buckets",
         "rope_parameters",
+        "rotate_labels",
         "scale_embedding",
         "share_embeddings",
+        "sinusoid_endpoint",
         "sinusoid_layout",
+        "sinusoid_offset",
         "source_vocab_size",
         "tie_lm_head",
         "tie_word_embeddings",

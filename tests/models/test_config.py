@@ -16,6 +16,13 @@ REFUSED = [
      "decoder_num_key_value_heads=4 does not divide decoder_attention_heads=6"),
     ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
     ({"encoder_layers": 0}, "encoder_layers=0 must be at least 1"),
+    ({"final_dropout": 1.0}, "final_dropout=1.0 must be at least 0 and less than 1"),
+    ({"sinusoid_offset": -1, "position_embedding_type": "sinusoidal"}, "sinusoid_offset=-1 must be at least 0"),
+    ({"sinusoid_offset": 2}, "sinusoid_offset=2 needs position_embedding_type='sinusoidal', not 'rotary'"),
+    ({"sinusoid_endpoint": True, "position_embedding_type": "learned"},
+     "sinusoid_endpoint=True needs position_embedding_type='sinusoidal', not 'learned'"),
+    ({"d_model": 2, "position_embedding_type": "sinusoidal", "sinusoid_endpoint": True},
+     "d_model=2 must be at least 4 for sinusoid_endpoint=True"),
     ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and less than 1"),
     ({"label_smoothing": -0.1}, "label_smoothing=-0.1 must be at least 0 and less than 1"),
     ({"activation_function": "swoosh"}, "activation_function='swoosh' is unknown: choose one of"),
@@ -27,6 +34,8 @@ REFUSED = [
     ({"position_embedding_type": "relative", "relative_num_buckets": 5}, "relative_num_buckets=5 must be even"),
     ({"position_embedding_type": "relative", "relative_max_distance": 16}, "relative_max_distance=16 must exceed half"),
     ({"init_std": 0.0}, "init_std=0.0 must be positive"),
+    ({"attention_scaling": 0.0}, "attention_scaling=0.0 must be positive"),
+    ({"logit_scale": -1.0}, "logit_scale=-1.0 must be positive"),
     ({"norm_eps": 0.0}, "norm_eps=0.0 must be positive"),
 ]  # fmt: skip
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import dragoman
 import reference
-from conftest import BOS, FAMILIES, POST_NORM_2017, B, D, H, S, T, V, family, make_batch, transformer
+from conftest import BOS, EOS, FAMILIES, PAD, POST_NORM_2017, B, D, H, S, T, V, family, make_batch, transformer
 from dragoman import DragomanConfig, DragomanEncoderModel, DragomanForConditionalGeneration, DragomanModel
 from dragoman.models.positions import RelativePositionBias
 
@@ -23,6 +23,8 @@ def assert_equal(ours, theirs):
 
 VARIANTS = {
     "halves": {"position_embedding_type": "sinusoidal", "sinusoid_layout": "halves"},
+    "sinusoids of M2M100": {"position_embedding_type": "sinusoidal", "sinusoid_layout": "halves",
+                            "sinusoid_endpoint": True, "sinusoid_offset": 2},
     "wide heads": {"encoder_head_dim": 8, "decoder_head_dim": 10, "attention_bias": True, "qk_norm": True},
     "grouped": {"encoder_attention_heads": 6, "encoder_num_key_value_heads": 3, "decoder_attention_heads": 6,
                 "decoder_num_key_value_heads": 2},
@@ -318,7 +320,7 @@ def test_layerdrop_leaves_layers_out_in_training_only(batch):
 
 
 def test_every_dropout_drops(batch):
-    for name in ("dropout", "attention_dropout", "activation_dropout"):
+    for name in ("dropout", "attention_dropout", "activation_dropout", "final_dropout"):
         model = transformer(name, **{name: 0.5}).build().train()
         torch.manual_seed(0)
         assert model(**batch).loss != model(**batch).loss
@@ -337,10 +339,37 @@ def test_initialization_scales_with_the_width(width):
         (model.model.encoder.embed_tokens.weight, width**-0.5),
     ):
         assert weight.std().item() == pytest.approx(std, rel=0.05)
+    scaled = DragomanForConditionalGeneration(
+        DragomanConfig(
+            vocab_size=500,
+            d_model=width,
+            encoder_layers=1,
+            decoder_layers=1,
+            attention_scaling=1.0,
+            logit_scale=width**-0.5,
+        )
+    ).model.decoder  # as T5: Raffel 2020 folds both scales into the initial weights
+    head_dim = width // 8
+    assert scaled.embed_tokens.weight.std().item() == pytest.approx(1.0, rel=0.05)
+    for attention in (scaled.layers[0].self_attn, scaled.layers[0].cross_attn):
+        assert attention.q_proj.weight.std().item() == pytest.approx((width * head_dim) ** -0.5, rel=0.05)
+        assert attention.k_proj.weight.std().item() == pytest.approx(width**-0.5, rel=0.05)
     fixed = DragomanForConditionalGeneration(
         DragomanConfig(vocab_size=500, d_model=width, encoder_layers=1, decoder_layers=1, init_std=0.02)
     )
     assert fixed.model.encoder.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_last_label_may_come_first():
+    """mBART's convention: labels alone, and the decoder begins with the code or `</s>` that ends them."""
+    model = transformer("rotating", rotate_labels=True, decoder_start_token_id=None).build()
+    labels = torch.tensor([[5, 6, 7, EOS, 20], [8, EOS, 21, -100, -100], [9, EOS, 22, PAD, PAD]])
+    begun = torch.tensor([[20, 5, 6, 7, EOS], [21, 8, EOS, 21, PAD], [22, 9, EOS, 22, PAD]])
+    assert model.prepare_decoder_input_ids_from_labels(labels).tolist() == begun.tolist()
+    source = torch.tensor([[4, 5, EOS]] * 3)
+    given = model(input_ids=source, labels=labels, decoder_input_ids=begun).loss
+    assert model(input_ids=source, labels=labels).loss == given
+    assert labels[1, 3] == -100  # not written over
 
 
 # ---------------------------------------------------------------- other doors

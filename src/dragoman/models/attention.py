@@ -49,6 +49,17 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class ScaledQuery(nn.Linear):
+    """
+    The projection to queries under an `attention_scaling` of one's own. Its initial weights are multiplied by `gain`,
+    so that the scores begin as large as under the usual scaling.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, gain: float):
+        super().__init__(in_features, out_features, bias)
+        self.gain = gain
+
+
 class DragomanAttention(nn.Module):
     """Projections and head sizes that self- and cross-attention share."""
 
@@ -61,8 +72,12 @@ class DragomanAttention(nn.Module):
         groups = getattr(config, f"{side}_num_key_value_heads")
         self.head_dim = getattr(config, f"{side}_head_dim")
         self.num_key_value_groups = heads // groups
-        self.scaling = self.head_dim**-0.5 if config.attention_scaling is None else config.attention_scaling
+        self.scaling = self.head_dim**-0.5
         self.q_proj = nn.Linear(config.d_model, heads * self.head_dim, bias=config.attention_bias)
+        if config.attention_scaling is not None:
+            gain = self.scaling / config.attention_scaling
+            self.scaling = config.attention_scaling
+            self.q_proj = ScaledQuery(config.d_model, heads * self.head_dim, config.attention_bias, gain)
         self.k_proj = nn.Linear(config.d_model, groups * self.head_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.d_model, groups * self.head_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(heads * self.head_dim, config.d_model, bias=config.attention_bias)

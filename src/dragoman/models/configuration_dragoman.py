@@ -47,19 +47,25 @@ class DragomanConfig(PreTrainedConfig):
         position_embedding_type: `sinusoidal` (Vaswani 2017, section 3.5), `learned`, `rotary` (Su 2021),
             `relative` (the bucketed biases of T5, Raffel 2020, section 2.1) or `none`.
         sinusoid_layout: `interleaved` (sine and cosine alternate), or `halves` (all sines, then all cosines).
+        sinusoid_endpoint: the slowest wave has a frequency of 1/10000 exactly (tensor2tensor, M2M100); the default
+            stops one step short of that, as Vaswani 2017 does.
+        sinusoid_offset: number of the first position (M2M100 begins with `pad_token_id + 1`).
         rope_parameters: as everywhere in Transformers; `None` means `{"rope_type": "default", "rope_theta": 10000.0}`.
         relative_num_buckets, relative_max_distance: of the relative biases.
         scale_embedding: multiply the embeddings by `sqrt(d_model)` (Vaswani 2017, section 3.4).
         dropout: on embeddings and on the output of every sublayer; attention_dropout: on attention weights;
-            activation_dropout: inside the MLPs; layerdrop: chance to skip a whole layer (Fan 2020).
+            activation_dropout: inside the MLPs; final_dropout: on the output of both stacks (T5); layerdrop: chance to
+            skip a whole layer (Fan 2020).
         init_std: standard deviation of the initial weights; `None` means `fan_in ** -0.5`, which lets small models
-            train as well as large ones.
+            train as well as large ones. Queries and embeddings then make up for `attention_scaling` and `logit_scale`.
 
     Ends:
         share_embeddings: one table for source and target (needs equal vocabularies).
         tie_lm_head: the output layer is the target's embedding table (Press and Wolf 2017).
         tie_word_embeddings: Transformers' own master switch; `False` undoes both ties above.
         lm_head_bias: a bias on the logits.
+        rotate_labels: where labels alone are given, the decoder begins with the last token of each row's labels, a
+            language code or `</s>` (mBART, Liu 2020), instead of with `decoder_start_token_id`.
         logit_scale: factor on the decoder states before the output layer (T5 uses `d_model ** -0.5`); `None` means 1.
         label_smoothing: part of the target distribution spread over the vocabulary (Szegedy 2016), training only.
 
@@ -106,6 +112,8 @@ class DragomanConfig(PreTrainedConfig):
     attention_direction: Literal["bidirectional", "unidirectional"] = "bidirectional"
     position_embedding_type: Literal["sinusoidal", "learned", "rotary", "relative", "none"] = "rotary"
     sinusoid_layout: Literal["interleaved", "halves"] = "interleaved"
+    sinusoid_endpoint: bool = False
+    sinusoid_offset: int = 0
     rope_parameters: dict | None = None
     relative_num_buckets: int = 32
     relative_max_distance: int = 128
@@ -113,6 +121,7 @@ class DragomanConfig(PreTrainedConfig):
     dropout: float | int = 0.1
     attention_dropout: float | int = 0.0
     activation_dropout: float | int = 0.0
+    final_dropout: float | int = 0.0
     layerdrop: float | int = 0.0
     init_std: float | None = None
 
@@ -120,6 +129,7 @@ class DragomanConfig(PreTrainedConfig):
     tie_lm_head: bool = True
     tie_word_embeddings: bool = True
     lm_head_bias: bool = False
+    rotate_labels: bool = False
     logit_scale: float | None = None
     label_smoothing: float | int = 0.0
 
@@ -157,7 +167,8 @@ class DragomanConfig(PreTrainedConfig):
                     f"{side}_num_key_value_heads={groups} does not divide {side}_attention_heads={heads}: "
                     "every key and value head serves the same number of query heads."
                 )
-        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "label_smoothing"):
+        chances = ("dropout", "attention_dropout", "activation_dropout", "final_dropout", "layerdrop")
+        for name in (*chances, "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1.")
         if self.activation_function not in ACT2FN:
@@ -192,6 +203,20 @@ class DragomanConfig(PreTrainedConfig):
                 f"relative_num_buckets={self.relative_num_buckets} must be even and at least 4, and "
                 f"relative_max_distance={self.relative_max_distance} must exceed half of it."
             )
+        for name in ("attention_scaling", "logit_scale"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive, or None for the usual one.")
+        if self.sinusoid_offset < 0:
+            raise ValueError(f"sinusoid_offset={self.sinusoid_offset} must be at least 0.")
+        if self.position_embedding_type != "sinusoidal":
+            for name in ("sinusoid_endpoint", "sinusoid_offset"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} needs position_embedding_type='sinusoidal', not "
+                        f"{self.position_embedding_type!r}."
+                    )
+        elif self.sinusoid_endpoint and self.d_model < 4:
+            raise ValueError(f"d_model={self.d_model} must be at least 4 for sinusoid_endpoint=True.")
         if self.init_std is not None and self.init_std <= 0:
             raise ValueError(f"init_std={self.init_std} must be positive, or None for fan_in ** -0.5.")
         if self.norm_eps <= 0:

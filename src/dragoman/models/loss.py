@@ -19,6 +19,19 @@ def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_to
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
+def rotate_labels(labels: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+    """
+    Decoder inputs for teacher forcing: the labels one step later, beginning with the last one of each row, which is a
+    language code or `</s>` (mBART, Liu 2020).
+
+    Args:
+        labels: `(B, T)`, with -100 or `pad_token_id` after the end; they become `pad_token_id`.
+    """
+    labels = labels.masked_fill(labels == -100, pad_token_id)
+    last = (labels != pad_token_id).sum(dim=1, keepdim=True) - 1
+    return torch.cat((labels.gather(1, last.clamp(min=0)), labels[:, :-1]), dim=1)
+
+
 def next_token_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,

@@ -26,11 +26,11 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import DragomanCrossAttention, DragomanSelfAttention
+from .attention import DragomanCrossAttention, DragomanSelfAttention, ScaledQuery
 from .configuration_dragoman import DragomanConfig
 from .embeddings import DragomanScaledEmbedding, TokenTables
 from .generation import DragomanGenerationMixin
-from .loss import next_token_loss
+from .loss import next_token_loss, rotate_labels
 from .masks import cross_mask, decoder_self_mask, encoder_self_mask
 from .positions import (
     DragomanRotaryEmbedding,
@@ -172,13 +172,19 @@ class DragomanPreTrainedModel(PreTrainedModel):
     _supports_context_parallel = False
 
     def _init_weights(self, module: nn.Module):
-        """Weights with a standard deviation of fan_in ** -0.5, or of `init_std`; embeddings of d_model ** -0.5."""
+        """
+        Weights with a standard deviation of fan_in ** -0.5, embeddings of d_model ** -0.5, or all of `init_std`.
+        Scores and logits start out as large with an `attention_scaling` and a `logit_scale` as without: for T5 this is
+        the initialization of Raffel 2020.
+        """
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=self.config.init_std or module.in_features**-0.5)
+            gain = module.gain if isinstance(module, ScaledQuery) else 1.0
+            init.normal_(module.weight, std=self.config.init_std or module.in_features**-0.5 * gain)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.init_std or self.config.d_model**-0.5)
+            std = self.config.d_model**-0.5 / (self.config.logit_scale or 1.0)
+            init.normal_(module.weight, std=self.config.init_std or std)
         else:
             super()._init_weights(module)
 
@@ -201,7 +207,9 @@ class DragomanStack(DragomanPreTrainedModel):
         embedding = DragomanScaledEmbedding if config.scale_embedding else nn.Embedding
         self.embed_tokens = embedding(vocab_size, config.d_model)
         self.embed_positions = {
-            "sinusoidal": lambda: SinusoidalPositions(config.d_model, config.sinusoid_layout),
+            "sinusoidal": lambda: SinusoidalPositions(
+                config.d_model, config.sinusoid_layout, config.sinusoid_endpoint, config.sinusoid_offset
+            ),
             "learned": lambda: LearnedPositions(config.max_position_embeddings, config.d_model),
         }.get(config.position_embedding_type, lambda: None)()
         self.rotary = None
@@ -219,6 +227,7 @@ class DragomanStack(DragomanPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(layers)
         self.norm = make_norm(config) if config.final_norm else nn.Identity()
+        self.final_dropout = nn.Dropout(config.final_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -296,7 +305,7 @@ class DragomanEncoder(DragomanStack):
         hidden_states, angles = self.enter(embeds, position_ids)
         for layer in self.remaining_layers():
             hidden_states = layer(hidden_states, mask, rotary_angles=angles, position_bias=position_bias, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+        return BaseModelOutput(last_hidden_state=self.final_dropout(self.norm(hidden_states)))
 
 
 class DragomanDecoder(DragomanStack):
@@ -374,7 +383,8 @@ class DragomanDecoder(DragomanStack):
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.final_dropout(self.norm(hidden_states)),
+            past_key_values=past_key_values if use_cache else None,
         )
 
 
@@ -530,6 +540,11 @@ class DragomanForConditionalGeneration(TokenTables, DragomanPreTrainedModel, Dra
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        if self.config.rotate_labels:
+            return rotate_labels(labels, self.config.pad_token_id)
+        return super().prepare_decoder_input_ids_from_labels(labels)
 
     def set_output_embeddings(self, value: nn.Module):
         self.lm_head = value

@@ -35,12 +35,15 @@ class SinusoidalPositions(nn.Module):
     so there is no longest sequence.
 
     `interleaved` puts the sine and cosine of one frequency side by side, as in the paper's formula; `halves` puts all
-    sines before all cosines, as in Marian.
+    sines before all cosines, as in Marian. The D/2 frequencies fall from 1 towards 1/10000, which only `endpoint`
+    reaches. `offset` is the number of the first position.
     """
 
-    def __init__(self, d_model: int, layout: str):
+    def __init__(self, d_model: int, layout: str, endpoint: bool = False, offset: int = 0):
         super().__init__()
-        self.d_model = d_model
+        self.waves = d_model // 2
+        self.steps = self.waves - 1 if endpoint else self.waves
+        self.offset = offset
         self.join = {"interleaved": self._interleave, "halves": self._concatenate}[layout]
 
     @staticmethod
@@ -54,9 +57,9 @@ class SinusoidalPositions(nn.Module):
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`position_ids` (B, T) -> (B, T, D)"""
         precision = torch.promote_types(dtype, torch.float32)
-        even = torch.arange(0, self.d_model, 2, device=position_ids.device, dtype=precision)
-        frequency = torch.exp(even * (-math.log(10000.0) / self.d_model))
-        angle = position_ids[..., None].to(precision) * frequency  # (B, T, D/2)
+        wave = torch.arange(self.waves, device=position_ids.device, dtype=precision)
+        frequency = torch.exp(wave * (-math.log(10000.0) / self.steps))
+        angle = (position_ids + self.offset)[..., None].to(precision) * frequency  # (B, T, D/2)
         return self.join(angle.sin(), angle.cos()).to(dtype)
 
 
