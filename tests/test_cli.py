@@ -34,7 +34,7 @@ def test_train_says_what_it_has_and_what_came_of_it(tmp_path):
     assert "vocabulary: 11 joint" in result.stdout
     assert re.search(r"model: DragomanForConditionalGeneration, [\d,]+ parameters, on cpu", result.stdout)
     assert re.search(r"test chrf: \d+\.\d\d \(greedy search\)", result.stdout)
-    assert f"model, tokenizer = load('{tmp_path}/run')" in result.stdout
+    assert f"AutoModelForSeq2SeqLM.from_pretrained('{tmp_path}/run')" in result.stdout
 
 
 def test_train_twice_needs_a_decision(tmp_path, model):

@@ -28,6 +28,7 @@ __all__ = [
     "DragomanRnnConfig",
     "DragomanRnnForConditionalGeneration",
     "DragomanRnnModel",
+    "preset",
 ]
 
 AutoConfig.register("dragoman", DragomanConfig, exist_ok=True)
@@ -46,3 +47,18 @@ DragomanRnnConfig.register_for_auto_class()
 DragomanRnnModel.register_for_auto_class("AutoModel")
 DragomanRnnForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
 DragomanProcessor.register_for_auto_class("AutoProcessor")
+
+
+def preset(name: str, **overrides):
+    """
+    The configuration of a preset of `configs/models`, for example `preset("transformer_2017", vocab_size=8000)`.
+
+    Args:
+        overrides: fields of the configuration class.
+
+    Raises:
+        ValueError: no such preset or field, or a combination that makes no model.
+    """
+    from .training.arguments import preset as read  # here, because it imports what only training needs
+
+    return read(name, **overrides)

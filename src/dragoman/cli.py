@@ -86,8 +86,8 @@ def generate(
     from transformers.utils.logging import disable_progress_bar
 
     from dragoman.data.reading import read_lines
+    from dragoman.inference.arguments import parse_generation_options
     from dragoman.inference.translate import compare_strategies, load, translate_stream
-    from dragoman.training.arguments import parse_generation_options
 
     own_options = [name for parameter in context.command.params for name in parameter.opts]
     options = parse_generation_options(context.args, own_options).given()
@@ -155,7 +155,7 @@ def evaluate(
     from transformers.utils.logging import disable_progress_bar
 
     from dragoman.evaluation.run import comparison_table, evaluate_model
-    from dragoman.training.arguments import parse_generation_options
+    from dragoman.inference.arguments import parse_generation_options
 
     own_options = [name for parameter in context.command.params for name in parameter.opts]
     options = parse_generation_options(context.args, own_options).given()

@@ -5,13 +5,8 @@ import yaml
 from transformers import GenerationConfig
 
 import dragoman
-from dragoman.training.arguments import (
-    GenerationArguments,
-    load_experiment,
-    parse_generation_options,
-    preset,
-    preset_names,
-)
+from dragoman.inference.arguments import GenerationArguments, parse_generation_options
+from dragoman.training.arguments import load_experiment, preset, preset_names
 from training.experiments import write_experiment
 
 

@@ -12,7 +12,8 @@ import evaluate
 import numpy as np
 from transformers import EvalPrediction, PreTrainedTokenizerBase, ProcessorMixin
 
-from dragoman.inference.strategies import nearest, parse_spec
+from dragoman.inference.strategies import parse_spec
+from dragoman.settings import did_you_mean
 
 
 # Every metric module by its file name, with the figures that stand for it in tables and logs.
@@ -46,7 +47,7 @@ def load_metric(name: str) -> evaluate.Metric:
         ValueError: no metric has that name.
     """
     if name not in METRICS:
-        raise ValueError(f"there is no metric {name!r}: {nearest(name, list(METRICS))}")
+        raise ValueError(f"there is no metric {name!r}: {did_you_mean(name, list(METRICS))}")
     module = importlib.import_module(f"dragoman.evaluation.metrics.{name}")
     metric_class = getattr(module, "".join(word.capitalize() for word in name.split("_")))
     return metric_class(keep_in_memory=True, cache_dir=_cache_dir())
@@ -67,7 +68,7 @@ def check_metrics(specs: Sequence[str]) -> dict[str, tuple[str, evaluate.Metric,
         valid = [key for key in parameters if key not in ("predictions", "references")]
         for key in options:
             if key not in valid:
-                known = nearest(key, valid) if valid else "it takes none."
+                known = did_you_mean(key, valid) if valid else "it takes none."
                 raise ValueError(f"metric {name!r} has no option {key!r}: {known}")
         metrics[name if names.count(name) == 1 else spec] = (name, metric, options)
     return metrics

@@ -1,13 +1,12 @@
 """Decoding strategies by name: the one table of what each name means for `generate()`."""
 
-import difflib
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
-from dragoman.training.arguments import parse_generation_options
+from dragoman.inference.arguments import parse_generation_options
+from dragoman.settings import did_you_mean
 
 
 # Each sets what tells the modes apart, so that a setting saved with the model does not turn one into another.
@@ -17,12 +16,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "sampling": {"num_beams": 1, "do_sample": True, "top_k": 0, "top_p": 0.9},
     "contrastive": {"num_beams": 1, "do_sample": False, "penalty_alpha": 0.6, "top_k": 4},
 }
-
-
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """The end of an error's sentence: the nearest valid name if one is near, and all valid names."""
-    close = difflib.get_close_matches(name, valid, n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"Valid: {', '.join(sorted(valid))}."
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -64,7 +57,7 @@ def strategy_arguments(spec: str, **common: Any) -> dict[str, Any]:
     name, options = _split(spec)
     known = {"default": {}, **STRATEGIES}
     if name not in known:
-        raise ValueError(f"there is no decoding strategy {name!r}: {nearest(name, list(known))}")
+        raise ValueError(f"there is no decoding strategy {name!r}: {did_you_mean(name, list(known))}")
     try:
         changes = parse_generation_options([f"--{key}={text}" for key, text in options.items()])
     except ValueError as error:

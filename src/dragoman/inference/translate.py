@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, Ge
 
 from dragoman.data.batching import map_in_batches
 from dragoman.data.tokenizers import ProcessingClass, load_tokenizer, source_and_target_tokenizer
-from dragoman.inference.strategies import STRATEGIES, nearest, strategy_arguments
+from dragoman.inference.strategies import STRATEGIES, strategy_arguments
+from dragoman.settings import did_you_mean
 
 
 # Rows of a batch that are scored at once times target length times vocabulary: 256 MB of logits in single precision.
@@ -275,7 +276,7 @@ def check_generation_arguments(model: PreTrainedModel, arguments: Iterable[str])
     valid -= {"transformers_version"}
     for name in arguments:
         if name not in valid:
-            raise ValueError(f"there is no generation argument {name!r}: {nearest(name, sorted(valid))}")
+            raise ValueError(f"there is no generation argument {name!r}: {did_you_mean(name, sorted(valid))}")
 
 
 def _encode(model: Any, tokenizer, sentences: Iterable[str], window: int) -> Iterator[list[int]]:

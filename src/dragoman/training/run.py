@@ -126,7 +126,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     for name, value in scores.items():
         say(f"test {name}: {value:.2f} ({decoding_name(model.generation_config)})")
     say(f"\nThe model is in {output}. To use it in Python:\n")
-    say(usage(output, pairs["train"]["source"][0]), highlight=False, markup=False)
+    auto_class = "AutoTokenizer" if len(sizes) == 1 else "AutoProcessor"
+    say(usage(output, pairs["train"]["source"][0], auto_class), highlight=False, markup=False)
     return output
 
 
@@ -170,12 +171,16 @@ def last_complete_checkpoint(output: Path) -> Path | None:
     return max(checkpoints, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def usage(output: Path, sentence: str) -> str:
-    """Three lines of Python that load a model folder and translate a sentence."""
+def usage(output: Path, sentence: str, auto_class: str) -> str:
+    """Three lines of Python, of Transformers alone, that load a model folder and translate a sentence."""
+    model, tokenizer = (
+        f"transformers.{auto}.from_pretrained({str(output)!r})" for auto in ("AutoModelForSeq2SeqLM", auto_class)
+    )
     return (
-        "    from dragoman.inference import load, translate\n"
-        f"    model, tokenizer = load({str(output)!r})\n"
-        f"    print(translate(model, tokenizer, [{sentence!r}])[0][0].text)"
+        "    import dragoman, transformers\n"
+        f"    model, tokenizer = {model}, {tokenizer}\n"
+        f"    print(tokenizer.decode(model.generate(**tokenizer({sentence!r}, return_tensors='pt'))[0], "
+        "skip_special_tokens=True))"
     )
 
 

@@ -1,0 +1,89 @@
+"""The README is true: its commands and its Python run, with fewer steps; its paths, presets and options exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dragoman.training.arguments import preset, preset_names
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+DRAGOMAN = [command for command in COMMANDS if command.startswith("dragoman ")]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder as the README's reader has it after the quickstart, but with a model of a few steps."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "lines.txt").write_text("Delete the selected files\n\nOpen the settings page\n")
+    run(folder, "dragoman train configs/quickstart.yaml training.output_dir=runs/quickstart")
+    return folder
+
+
+def run(folder: Path, command: str) -> str:
+    shorter = command
+    if command.startswith("dragoman train"):
+        small = "model.d_model=16 model.encoder_ffn_dim=8 model.decoder_ffn_dim=8 generation.max_length=9"
+        shorter += f" training.max_steps=2 training.disable_tqdm=true training.predict_with_generate=false {small}"
+        shorter += " training.metric_for_best_model=loss training.num_train_epochs=1"
+        if "output_dir" not in command:
+            shorter += " training.output_dir=runs/again"
+    program = f"{shlex.quote(sys.executable)} -m dragoman.cli"
+    process = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", shorter.replace("dragoman", program, 1)],
+        cwd=folder, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", DRAGOMAN)
+def test_commands_run(home, command):
+    output = run(home, command)
+    if command.startswith("dragoman generate"):
+        number = int(re.search(r"--nbest (\d+)", command)[1]) if "--nbest" in command else 1
+        assert len(output.splitlines()) == 3 * number
+    if command.startswith("dragoman evaluate"):
+        for strategy in re.findall(r"--strategy (\w+)", command):
+            assert strategy in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_runs(home, number):
+    process = subprocess.run(
+        [sys.executable, "-c", blocks("python")[number]], cwd=home, capture_output=True, text=True, timeout=240
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+
+
+def test_the_scripts_named_exist():
+    scripts = re.findall(r"(?:bash|launch|python) (scripts/[\w.]+)", README)
+    assert {"scripts/quickstart.sh", "scripts/test.sh", "scripts/train.py"} <= set(scripts)
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_every_preset_is_named():
+    assert [name for name in preset_names() if f"`{name}`" not in README] == []
+    for name in preset_names():
+        preset(name)
