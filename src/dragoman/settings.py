@@ -75,6 +75,8 @@ def _describe(member: Any) -> str:
         return " or ".join(repr(choice) for choice in get_args(member))
     if get_origin(member) is list:
         return f"a list ({_describe(get_args(member)[0])} each)"
+    if get_origin(member) is dict:
+        return "a mapping"
     if isinstance(member, type) and issubclass(member, Enum):
         return "one of " + ", ".join(str(choice.value) for choice in member)
     if get_origin(member) in (Union, types.UnionType):

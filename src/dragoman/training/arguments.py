@@ -13,6 +13,7 @@ Every mistake is a ValueError of one sentence: the file, the key, and what is al
 """
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, Sch
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dragoman.inference.arguments import GenerationArguments, check_generation
+from dragoman.models.scheduled_sampling import teacher_forcing_schedule
 from dragoman.settings import check_key, nearest, one_line, parse_mapping, parse_yaml, typed
 
 
@@ -97,6 +99,10 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default=None,
         metadata={"help": "Stop after so many evaluations in a row without a better metric_for_best_model."},
     )
+    teacher_forcing_schedule: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Scheduled sampling of a recurrent model: kind, k, slope, minimum."},
+    )
     metrics: list[str] = field(
         default_factory=lambda: ["bleu", "chrf"],
         metadata={"help": "Metrics of every evaluation, with options if wanted: bleu:tokenize=zh."},
@@ -109,6 +115,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
                 ("loss", "wer", "cer", "ter", "error_rate")
             )
         super().__post_init__()
+        if self.teacher_forcing_schedule is not None:
+            valid = list(inspect.signature(teacher_forcing_schedule).parameters)[1:]
+            for key in self.teacher_forcing_schedule:
+                check_key(key, valid, "", "teacher_forcing_schedule.")
+            teacher_forcing_schedule(0, **self.teacher_forcing_schedule)
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true and a validation set")
 
@@ -206,6 +217,12 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         except ValueError as error:
             raise ValueError(f"{path}: {name}: {one_line(error)}") from error
 
+    model_type = sections["model"]["model_type"]
+    if built["training"].teacher_forcing_schedule is not None and model_type != "dragoman_rnn":
+        raise ValueError(
+            f"{where('training', 'teacher_forcing_schedule')}training.teacher_forcing_schedule is for models of type "
+            f"'dragoman_rnn', not {model_type!r}; leave it out"
+        )
     check_generation(built["generation"], f"{path}: generation.")
     try:  # what generate() would ignore (top_k without sampling) cannot be saved with a model
         generation_config = GenerationConfig()

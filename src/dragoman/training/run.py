@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,6 +45,7 @@ from dragoman.evaluation.scores import (
     parse_spec,
 )
 from dragoman.training.arguments import Experiment, TrainingArguments, load_experiment
+from dragoman.training.trainer import ScheduledSamplingTrainer
 
 
 EXPERIMENT_FILE = "experiment.yaml"
@@ -94,7 +96,10 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     callbacks: list[TrainerCallback] = [companion]
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
-    trainer = Seq2SeqTrainer(
+    trainer_class: Callable[..., Seq2SeqTrainer] = Seq2SeqTrainer
+    if arguments.teacher_forcing_schedule is not None:
+        trainer_class = partial(ScheduledSamplingTrainer, schedule=arguments.teacher_forcing_schedule)
+    trainer = trainer_class(
         model=model,
         args=arguments,
         data_collator=Seq2SeqCollator(tokenizer, model=model),

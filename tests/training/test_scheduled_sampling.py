@@ -1,0 +1,94 @@
+"""The teacher forcing schedule of a training run: passed per optimizer step, with coins that come from the seed."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dragoman.models.modeling_dragoman_rnn import DragomanRnnForConditionalGeneration
+from dragoman.training.arguments import load_experiment
+from dragoman.training.run import train
+from training.experiments import write_experiment
+
+
+RECURRENT = {
+    "preset": "lstm_bahdanau", "embedding_dim": 7, "hidden_size": 12, "encoder_layers": 1, "decoder_layers": 1,
+    "dropout": 0.1,
+}  # fmt: skip
+SCHEDULE = {"kind": "linear", "k": 1.0, "slope": 0.2, "minimum": 0.3}
+
+
+def recurrent_experiment(folder, **training):
+    folder.mkdir(exist_ok=True)
+    path = write_experiment(folder, training={"teacher_forcing_schedule": SCHEDULE, **training})
+    text = path.read_text()
+    model = "model:\n" + "".join(f"  {key}: {value}\n" for key, value in RECURRENT.items())
+    start = text.index("model:\n")
+    end = next((i for i in range(start + 7, len(text)) if text[i - 1] == "\n" and text[i] != " "), len(text))
+    path.write_text(text[:start] + model + text[end:])
+    return path
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """What each training pass was told, and the coins it tossed."""
+    seen = []
+    toss = DragomanRnnForConditionalGeneration.scheduled_sampling
+
+    def spy(self, target, ratio, generator):
+        coins = toss(self, target, ratio, generator)
+        if self.training:
+            seen.append((ratio, None if coins is None else coins.gold))
+        return coins
+
+    monkeypatch.setattr(DragomanRnnForConditionalGeneration, "scheduled_sampling", spy)
+    return seen
+
+
+def test_the_ratio_follows_the_optimizer_steps(tmp_path, passes):
+    train(load_experiment(recurrent_experiment(tmp_path, gradient_accumulation_steps=2)))
+    assert [ratio for ratio, _ in passes] == pytest.approx([1.0, 1.0, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.3, 0.3, 0.3, 0.3])
+    assert any(not coins.all() for _, coins in passes[2:])
+
+
+def test_the_same_seed_gives_the_same_coins_also_after_resuming(tmp_path, passes):
+    one = train(load_experiment(recurrent_experiment(tmp_path / "one")))
+    tossed = [coins for _, coins in passes]
+    passes.clear()
+
+    path = recurrent_experiment(tmp_path / "two")
+    stopped = train(load_experiment(path, ["training.max_steps=4", "training.lr_scheduler_type=constant"]))
+    assert len(passes) == 4
+    passes.clear()
+    (stopped / "complete.json").unlink()
+    other = train(load_experiment(path, ["training.lr_scheduler_type=constant"]), resume=True)
+    again = [coins for _, coins in passes]
+    assert len(again) == 2
+    assert all(torch.equal(a, b) for a, b in zip(tossed[4:], again, strict=True))
+    assert load_file(one / "model.safetensors").keys() == load_file(other / "model.safetensors").keys()
+
+    third = train(load_experiment(recurrent_experiment(tmp_path / "three")))
+    weights, same = load_file(one / "model.safetensors"), load_file(third / "model.safetensors")
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    fourth = train(load_experiment(recurrent_experiment(tmp_path / "four"), ["training.seed=7"]))
+    assert any(not torch.equal(weights[name], value) for name, value in load_file(fourth / "model.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sentence"),
+    [
+        ("{kind: linar}", "teacher forcing schedule 'linar' is unknown"),
+        ("{kindd: linear}", "unknown key 'teacher_forcing_schedule.kindd'; the nearest valid one is"),
+        ("{k: 1.5}", "k=1.5 of a teacher forcing schedule that is constant must be between 0 and 1"),
+        ("0.5", "training.teacher_forcing_schedule must be .*a mapping.*, got 0.5"),
+    ],
+)
+def test_a_wrong_schedule_is_refused(tmp_path, schedule, sentence):
+    path = recurrent_experiment(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        load_experiment(path, [f"training.teacher_forcing_schedule={schedule}"])
+
+
+def test_a_transformer_has_no_schedule(tmp_path):
+    path = write_experiment(tmp_path, training={"teacher_forcing_schedule": SCHEDULE})
+    with pytest.raises(ValueError, match="is for models of type 'dragoman_rnn', not 'dragoman'"):
+        load_experiment(path)
