@@ -46,6 +46,7 @@ def test_command_line():
             "data",
             "model",
         ],
+        "convert": ["--dtype", "--revision", "output", "source"],
     }
 
 
@@ -70,7 +71,7 @@ def test_sections_of_an_experiment():
         "target_vocab_size",
         "extra_special_tokens",
     }
-    assert own_fields(arguments.TrainingArguments, Seq2SeqTrainingArguments) == {"early_stopping_patience", "metrics"}
+    assert own_fields(arguments.TrainingArguments, Seq2SeqTrainingArguments) == {"early_stopping_patience", "metrics", "teacher_forcing_schedule"}
 
 
 def test_generation_options():

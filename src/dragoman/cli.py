@@ -178,6 +178,29 @@ def evaluate(
     print(f"Predictions and scores.json are in {folder}")
 
 
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Folder of a Marian, BART, T5, ... checkpoint, or its name on the Hub.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Store weights as float32, bfloat16, float16, float64.", show_default="as they are"),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)] = None,
+) -> None:
+    """Turn a checkpoint of Transformers' own seq2seq classes into a Dragoman checkpoint that computes the same."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from dragoman.conversion import convert as run
+
+    disable_progress_bar()
+    made = run(source, output, dtype=dtype, revision=revision)
+    tokenizer = "and its tokenizer" if made.has_tokenizer else "without a tokenizer, since it has none"
+    print(f"{source} ({made.model_type}, {made.parameters:,} parameters) {tokenizer}: now a Dragoman model in {output}")
+
+
 def main() -> None:
     """Entry point of the `dragoman` command."""
     app()

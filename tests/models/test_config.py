@@ -63,6 +63,10 @@ def test_what_is_left_out_is_derived():
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (48, 6, 6)
 
 
+def test_only_rotary_positions_need_even_heads():
+    assert transformer("odd", position_embedding_type="relative", decoder_head_dim=5).config().head_dim == 5
+
+
 def test_a_side_can_be_asked_for():
     """`generate()` sizes caches from this copy."""
     config = transformer("sides", encoder_layers=3, decoder_layers=2, decoder_head_dim=10).config()

@@ -154,6 +154,11 @@ class DragomanConfig(PreTrainedConfig):
                 setattr(self, f"{side}_head_dim", self.d_model // heads)
         super().__post_init__(**kwargs)
 
+    def validate_rope(self):
+        # Transformers gives every config with this field default `rope_parameters`, and wants even heads of it then.
+        if self.position_embedding_type == "rotary":
+            super().validate_rope()
+
     def validate_architecture(self):
         """Refuses what cannot be built or contradicts itself. Called at construction and at saving."""
         per_side = [f"{side}_{size}" for side in SIDES for size in ("layers", "attention_heads", "head_dim", "ffn_dim")]
