@@ -43,7 +43,8 @@ class DragomanRnnConfig(PreTrainedConfig):
         teacher_forcing_coin: toss for every `token`, or for every `step` of the whole batch at once.
         teacher_forcing_feedback: its own token is the most probable one (`argmax`), or drawn (`sample`).
         dropout: on embeddings, between layers and on the output, never from step to step (Zaremba 2014).
-        init_std: standard deviation of the initial weights; `None` means `fan_in ** -0.5`.
+        init_std: standard deviation of the initial weights; `None` means `fan_in ** -0.5`, which is 1 for
+            embeddings.
 
     Ends:
         share_embeddings: one table for source and target (needs equal vocabularies).

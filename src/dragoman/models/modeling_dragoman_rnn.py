@@ -127,8 +127,9 @@ class DragomanRnnPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         """
-        Weights with a standard deviation of fan_in ** -0.5, or of `init_std`, where an embedding that is not the output
-        layer too has a fan-in of 1. Biases of zero, but one for the forget gates of LSTMs (Jozefowicz 2015).
+        Weights with a standard deviation of fan_in ** -0.5, or of `init_std`; the fan-in of an embedding is 1, since no
+        norm follows it, and tied to the output layer it learns faster so. Biases of zero, but one for the forget gates
+        of LSTMs (Jozefowicz 2015).
         """
         std = self.config.init_std
         if isinstance(module, nn.Linear):
@@ -136,8 +137,7 @@ class DragomanRnnPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            tied = self.config.tie_lm_head and self.config.tie_word_embeddings
-            init.normal_(module.weight, std=std or (module.embedding_dim**-0.5 if tied else 1.0))
+            init.normal_(module.weight, std=std or 1.0)
         elif isinstance(module, nn.RNNBase):
             for name, parameter in module.named_parameters():
                 if name.startswith("weight"):
