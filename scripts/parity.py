@@ -151,12 +151,16 @@ class Case:
     def __str__(self) -> str:
         return f"{self.family}: {', '.join(self.values)}"
 
-    def build(self, seed: int = 0) -> Any:
+    def value(self, switch: str) -> str:
+        return self.values[list(FAMILIES[self.family].switches).index(switch)]
+
+    def build(self, seed: int = 0, **changes: Any) -> Any:
         """The stock model in float32 with random numbers everywhere, ready to be saved."""
         family = FAMILIES[self.family]
         settings = dict(family.sizes)
         for value, choices in zip(self.values, family.switches.values(), strict=True):
             settings |= choices[value]
+        settings |= changes
         config_class = getattr(transformers, family.config_class)
         config = config_class(**{name: value for name, value in settings.items() if not name.startswith("_")})
         torch.manual_seed(seed)

@@ -127,7 +127,8 @@ def write(folder: Path, origins: dict[str, Origin], stored: StoredWeights, dtype
         return origin.change(tensor).to(dtype or tensor.dtype).contiguous()
 
     shards = split_torch_state_dict_into_shards(
-        {name: changed(origin, stored.outline(origin.name)) for name, origin in origins.items()},
+        # A copy, since a part of a tensor counts as the whole of it.
+        {name: torch.empty_like(changed(origin, stored.outline(origin.name))) for name, origin in origins.items()},
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_SIZE,
     )

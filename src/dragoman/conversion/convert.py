@@ -20,6 +20,7 @@ from dragoman.conversion.family import Family
 from dragoman.models.configuration_dragoman import SIDES, DragomanConfig
 from dragoman.models.modeling_dragoman import DragomanForConditionalGeneration
 from dragoman.models.positions import SinusoidalPositions
+from dragoman.settings import one_line
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -71,7 +72,7 @@ def convert(
     try:
         config = _config(family.settings(theirs), stored)
     except (ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{source} cannot be converted: {error.__cause__ or error}") from error
+        raise ValueError(f"{source} cannot be converted: {one_line(error.__cause__ or error)}") from error
     with torch.device("meta"):
         model = DragomanForConditionalGeneration(config)
     origins = _origins(model, family.modules(theirs), family.position_rows_before_first, stored)
@@ -91,7 +92,7 @@ def convert(
         _generation_config(folder, config).to_json_file(partial / "generation_config.json")
         has_tokenizer = any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern))
         if has_tokenizer:
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(partial)
+            _load_tokenizer(folder, source).save_pretrained(partial)
         _write_model_card(partial, output.name, str(source), folder, theirs["model_type"])
         os.replace(partial, output)
     return Conversion(output, theirs["model_type"], model.num_parameters(), has_tokenizer)
@@ -212,6 +213,15 @@ def _generation_config(folder: Path, config: DragomanConfig) -> GenerationConfig
     if settings.max_length is None and settings.max_new_tokens is None:
         settings.max_length = config.max_position_embeddings
     return settings
+
+
+def _load_tokenizer(folder: Path, source: str | Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, ImportError) as error:
+        raise ValueError(
+            f"the tokenizer of {source} cannot be loaded (code of its own is never run here): {one_line(error)}"
+        ) from error
 
 
 def _write_model_card(output: Path, title: str, source: str, folder: Path, model_type: str) -> None:

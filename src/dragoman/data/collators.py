@@ -133,7 +133,7 @@ def _count(report: DropReport, dropped: list[str], truncated: list[str]) -> None
 
 def _require_final_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenizer(text_target="a").input_ids
-    if not ids or ids[-1] != tokenizer.eos_token_id:
+    if tokenizer.eos_token_id not in ids[-2:]:  # mBART has the code of the language behind it
         raise ValueError(
             f"the tokenizer does not end its output with its end-of-sequence token {tokenizer.eos_token!r}, "
             "so a model trained with it would never learn to stop; add the token in its post-processor"
@@ -183,7 +183,8 @@ class _Encoder:
                     if self.overlong == "drop":
                         dropped = dropped or f"with a {side} longer than {limit} tokens"
                     else:
-                        del ids[limit - 1 : -1]
+                        ending = 1 if ids[-1] == source_tokenizer.eos_token_id else 2  # and a language code
+                        del ids[limit - ending : -ending]
                         cut.append(side)
             outcome["input_ids"].append(input_ids)
             outcome["labels"].append(labels)

@@ -1,0 +1,109 @@
+"""The tokenizers of converted checkpoints, and translating between many languages and with task prefixes."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from conversion.stock import TOKENIZERS, save_with_tokenizer
+from dragoman.conversion import convert
+from dragoman.data.collators import Seq2SeqCollator, encode_pairs
+from dragoman.inference.translate import load, translate
+
+
+SENTENCES = ["the cat sleeps", "sea: a red house near", "why not"]  # the second as T5 is told its task
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_tokenizer_is_kept(name, tmp_path):
+    before = save_with_tokenizer(name, tmp_path / "stock")
+    made = convert(tmp_path / "stock", tmp_path / "converted")
+    assert made.has_tokenizer
+    after = AutoTokenizer.from_pretrained(made.folder)
+    assert type(after) is type(before)
+    for settings in ({"text": SENTENCES}, {"text_target": SENTENCES}, {"text": SENTENCES, "text_target": SENTENCES}):
+        assert after(**settings, padding=True) == before(**settings, padding=True)
+    ids = after(text_target=SENTENCES[0]).input_ids
+    assert after.decode(ids, skip_special_tokens=True) == before.decode(ids, skip_special_tokens=True)
+    assert after.pad_token_id == before.pad_token_id
+
+
+def test_a_tokenizer_that_only_its_model_type_names(tmp_path):
+    """Old checkpoints leave the class of the tokenizer to the type of the model, which a conversion changes."""
+    before = save_with_tokenizer("marian", tmp_path / "stock")
+    path = tmp_path / "stock" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["tokenizer_class"]
+    path.write_text(json.dumps(settings))
+    folder = convert(tmp_path / "stock", tmp_path / "converted").folder
+    assert AutoTokenizer.from_pretrained(folder)(SENTENCES) == before(SENTENCES)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_texts_are_translated_as_before(name, tmp_path):
+    tokenizer = save_with_tokenizer(name, tmp_path / "stock")
+    stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "stock").eval()
+    model, converted_tokenizer = load(convert(tmp_path / "stock", tmp_path / "converted").folder, device="cpu")
+    settings = {"num_beams": 4, "num_return_sequences": 3}
+    found = [one for best in translate(model, converted_tokenizer, SENTENCES, scores=False, **settings) for one in best]
+    expected = stock.generate(**tokenizer(SENTENCES, return_tensors="pt", padding=True), **settings)
+    assert [one.text for one in found] == tokenizer.batch_decode(expected, skip_special_tokens=True)
+    for one, row in zip(found, expected.tolist(), strict=True):
+        assert one.token_ids == row[1 : 1 + len(one.token_ids)]
+    assert len({tuple(one.token_ids) for one in found}) > 2
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "target"),
+    [("m2m100", "it", "de"), ("nllb", "ita_Latn", "deu_Latn"), ("mbart50", "it_IT", "de_DE")],
+)
+def test_languages_are_chosen_by_their_codes(name, source, target, tmp_path):
+    """The source's code is the tokenizer's business, the target's is the first token that the decoder must produce."""
+    save_with_tokenizer(name, tmp_path / "stock")
+    model, tokenizer = load(convert(tmp_path / "stock", tmp_path / "converted").folder, device="cpu")
+    tokenizer.src_lang = source
+    code = tokenizer.get_lang_id(target) if name == "m2m100" else tokenizer.convert_tokens_to_ids(target)
+    assert tokenizer.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(code)) == code != tokenizer.unk_token_id
+    default = translate(model, tokenizer, SENTENCES, max_new_tokens=6)
+    chosen = translate(model, tokenizer, SENTENCES, max_new_tokens=6, forced_bos_token_id=code)
+    assert {hypotheses[0].token_ids[0] for hypotheses in chosen} == {code}
+    assert {hypotheses[0].token_ids[0] for hypotheses in default} == {model.generation_config.forced_bos_token_id}
+    stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "stock").eval()
+    batch = tokenizer(SENTENCES, return_tensors="pt", padding=True)
+    first = batch.input_ids[0].tolist()
+    assert tokenizer.convert_tokens_to_ids(f"__{source}__" if name == "m2m100" else source) in first
+    settings = {"forced_bos_token_id": code, "max_length": 7}
+    assert torch.equal(stock.generate(**batch, **settings), model.generate(**batch, **settings))
+
+
+@pytest.mark.parametrize("name", ["mbart", "mbart50", "nllb", "marian with two vocabularies"])
+def test_labels_begin_as_in_the_stock_class(name, tmp_path):
+    """Text pairs -> collated batch -> loss: the code that begins the target comes from the labels in mBART."""
+    tokenizer = save_with_tokenizer(name, tmp_path / "stock")
+    model, converted_tokenizer = load(convert(tmp_path / "stock", tmp_path / "converted").folder, device="cpu")
+    pairs = Dataset.from_list([{"source": text, "target": text[::-1]} for text in SENTENCES])
+    encoded, _ = encode_pairs(pairs, converted_tokenizer)
+    batch = Seq2SeqCollator(converted_tokenizer, model=model)(list(encoded))
+    stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "stock").eval()
+    batch.pop("length", None)
+    ours = model(**batch)
+    decoder_input_ids = batch.pop("decoder_input_ids")
+    theirs = stock(**batch)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    first = tokenizer.convert_tokens_to_ids("it_IT" if name == "mbart" else "</s>")
+    if "marian" in name:
+        first = model.config.decoder_start_token_id
+    assert set(decoder_input_ids[:, 0].tolist()) == {first}
+
+
+def test_truncation_keeps_the_end_of_the_sequence_and_the_code_behind_it(tmp_path):
+    (tmp_path / "files").mkdir()
+    tokenizer = TOKENIZERS["mbart"][2](tmp_path / "files")
+    pairs = Dataset.from_list([{"source": "the cat sleeps", "target": "why not"}])
+    limits = {"max_source_length": 5, "max_target_length": 4, "overlong": "truncate"}
+    row = encode_pairs(pairs, tokenizer, **limits)[0][0]
+    whole = tokenizer("the cat sleeps", text_target="why not")
+    assert row["input_ids"] == whole.input_ids[:3] + whole.input_ids[-2:]
+    assert row["labels"] == whole.labels[:2] + whole.labels[-2:]
