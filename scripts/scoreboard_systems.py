@@ -1,0 +1,174 @@
+"""What scoreboard.py compares: the tasks, the systems with their sizes and learning rates, and the ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from dragoman.training.arguments import preset
+
+
+ROOT = Path(__file__).parents[1]
+BLIND_SOURCE = "x"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Pairs, how they are cut into tokens, and how outputs are scored."""
+
+    data: str  # what read_pairs reads, with {split}
+    tokenizer: dict[str, Any]
+    metrics: tuple[str, ...]
+    parameters: int  # of every system
+    max_length: int  # tokens of a training source or target; longer pairs are dropped
+    max_new_tokens: int
+    buckets: tuple[int, ...]  # longest source of each bucket of the length plot, in words (letters)
+    batch_size: int = 64
+
+
+TASKS = {
+    "cmudict": Task(
+        data=str(ROOT / "data/cmudict_g2p/{split}.jsonl.gz"),
+        tokenizer={"kind": "word", "vocab_size": 100},
+        metrics=("wer",),
+        parameters=500_000,
+        max_length=30,
+        max_new_tokens=30,
+        buckets=(4, 5, 6, 7, 8, 9, 10, 12, 99),
+    ),
+    "ddtp_en_it": Task(
+        data=str(ROOT / "data/ddtp_en_it/{split}.jsonl.gz"),
+        tokenizer={"kind": "bpe", "vocab_size": 2000},
+        metrics=("bleu", "chrf"),
+        parameters=1_500_000,
+        max_length=60,
+        max_new_tokens=90,
+        buckets=(4, 8, 12, 16, 22, 99),
+    ),
+    "tiny_en_it": Task(
+        data="embedded:tiny_en_it/{split}",
+        tokenizer={"kind": "bpe", "vocab_size": 400},
+        metrics=("bleu", "chrf"),
+        parameters=300_000,
+        max_length=60,
+        max_new_tokens=20,
+        buckets=(2, 4, 99),
+        batch_size=16,
+    ),
+}
+
+
+def recurrent(name: str, width: int, **changes: Any) -> PreTrainedConfig:
+    """A recurrent preset with one table of embeddings, half as wide as the states, and the dropout of the others."""
+    return preset(name, embedding_dim=width // 2, hidden_size=width, dropout=0.1, share_embeddings=True, **changes)
+
+
+def transformer(name: str, width: int, **changes: Any) -> PreTrainedConfig:
+    """A Transformer preset with 3 + 3 layers, MLPs as wide in proportion as its own, and the loss of the others."""
+    sizes = {"d_model": width, "encoder_layers": 3, "decoder_layers": 3}
+    ratio = preset(name).encoder_ffn_dim / preset(name).d_model
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_attention_heads": 4, f"{side}_ffn_dim": round(ratio * width / 8) * 8}
+    return preset(name, **{**sizes, "dropout": 0.1, "label_smoothing": 0.0, **changes})
+
+
+def decoder_only(width: int, vocab_size: int) -> PreTrainedConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size, hidden_size=width, intermediate_size=round(width / 3) * 8, num_hidden_layers=6,
+        num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, pad_token_id=1,
+        eos_token_id=2, initializer_range=width**-0.5,  # as ours; the stock 0.02 is for much wider models
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class System:
+    label: str
+    config: Callable[..., PreTrainedConfig]  # (width=, vocab_size=)
+    peak: float  # learning rate
+
+
+SYSTEMS = {
+    "gru_2014": System("GRU, no attention (Cho 2014)", partial(recurrent, "gru_2014"), 2e-3),
+    "lstm_2014": System(
+        "LSTM reversed, no attention (Sutskever 2014)",
+        partial(recurrent, "lstm_2014", encoder_layers=2, decoder_layers=2), 2e-3,
+    ),
+    "lstm_additive": System("LSTM + additive (Bahdanau 2015)", partial(recurrent, "lstm_bahdanau"), 2e-3),
+    "lstm_dot": System(
+        "LSTM + dot (Luong 2015)", partial(recurrent, "lstm_luong", encoder_layers=2, decoder_layers=2), 2e-3
+    ),
+    "attention_edm": System("AttentionEDM", partial(recurrent, "attention_edm"), 2e-3),
+    "transformer_2017": System("Transformer (Vaswani 2017)", partial(transformer, "transformer_2017"), 1e-3),
+    "modern": System("modern Transformer", partial(transformer, "modern"), 2e-3),
+    "decoder_only": System("decoder-only (stock Llama)", decoder_only, 2e-3),
+}  # fmt: skip
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
+    return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else AutoModelForSeq2SeqLM.from_config(config)
+
+
+def fit(config: Callable[..., PreTrainedConfig], vocab_size: int, parameters: int) -> tuple[PreTrainedConfig, int]:
+    """The configuration whose number of parameters comes nearest to the wanted one, and that number.
+
+    Raises:
+        ValueError: no width comes within 10 %.
+    """
+    found: list[tuple[int, int, int]] = []
+    for width in range(16, 2048, 8):
+        with torch.device("meta"):
+            count = build(config(width=width, vocab_size=vocab_size)).num_parameters()
+        found.append((abs(count - parameters), width, count))
+        if count > parameters:
+            break
+    distance, width, count = min(found)
+    if distance > 0.1 * parameters:
+        raise ValueError(
+            f"no width comes within 10 % of {parameters:,} parameters: the nearest, {width}, has {count:,}"
+        )
+    return config(width=width, vocab_size=vocab_size), count
+
+
+@dataclass(frozen=True)
+class Ablation:
+    label: str
+    config: Callable[..., PreTrainedConfig]
+    peak: float = 1e-3
+    fixed_updates: bool = False  # the same number of updates as others of its kind instead of the same time
+    schedule: Callable[[int], dict[str, Any]] | None = None  # number of updates -> schedule of scheduled sampling
+    see_everything: bool = False  # train without the look-ahead mask
+    blind: bool = False  # source cut off, in training and in decoding: every source is BLIND_SOURCE
+    scores_as_large: bool = True  # unscaled attention: let the initial queries make up for it, as the library does
+
+
+heads = partial(
+    transformer, "transformer_prenorm", share_embeddings=True, tie_lm_head=True, encoder_layers=2, decoder_layers=2,
+    encoder_attention_heads=8, decoder_attention_heads=8,
+)  # fmt: skip
+forcing = partial(recurrent, "attention_edm", attention="general", encoder_layers=1, decoder_layers=1)
+ABLATIONS = {
+    "baseline": Ablation("Transformer, 8 heads, sinusoidal positions", heads),
+    "no_positions": Ablation("no positions", partial(heads, position_embedding_type="none")),
+    "one_head": Ablation("1 head", partial(heads, encoder_attention_heads=1, decoder_attention_heads=1)),
+    "no_look_ahead_mask": Ablation("no look-ahead mask in training", heads, see_everything=True),
+    "no_source": Ablation("cross-attention cut: every source reads `x`", heads, blind=True),
+    "unscaled": Ablation(
+        "scores not divided by sqrt(d_k), same initial weights",
+        partial(heads, attention_scaling=1.0), scores_as_large=False,
+    ),
+    "unscaled_small_queries": Ablation(
+        "the same, smaller initial queries (the library's choice)", partial(heads, attention_scaling=1.0)
+    ),
+    "forcing_1": Ablation("LSTM, teacher forcing 1.0", partial(forcing, teacher_forcing_ratio=1.0), 2e-3, True),
+    "forcing_half": Ablation("LSTM, teacher forcing 0.5", partial(forcing, teacher_forcing_ratio=0.5), 2e-3, True),
+    "forcing_linear": Ablation(
+        "LSTM, teacher forcing 1.0 to 0.0, linear", forcing, 2e-3, True,
+        lambda updates: {"kind": "linear", "k": 1.0, "slope": 1 / updates},
+    ),
+}  # fmt: skip
