@@ -31,6 +31,12 @@ def script():
 
 
 @pytest.fixture(scope="module")
+def listed(script):
+    """The module with the tasks, systems and ablations."""
+    return sys.modules["scoreboard_systems"]
+
+
+@pytest.fixture(scope="module")
 def task(script, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     for split in ("train", "test"):
@@ -117,8 +123,8 @@ def test_a_size_out_of_reach_is_refused(script):
         script.fit(script.SYSTEMS["modern"].config, 270, 900)
 
 
-def test_the_decoder_only_model_learns_the_target_alone(script, board):
-    config = script.decoder_only(width=16, vocab_size=270)
+def test_the_decoder_only_model_learns_the_target_alone(listed, board):
+    config = listed.decoder_only(width=16, vocab_size=270)
     row, encoded = board.rows(config, board.test)[0], board.test[0]
     assert row["input_ids"] == [*encoded["input_ids"], 0, *encoded["labels"]]
     assert encoded["input_ids"][-1] == 2
@@ -126,8 +132,8 @@ def test_the_decoder_only_model_learns_the_target_alone(script, board):
     assert learned == encoded["labels"]
 
 
-def test_the_decoder_only_model_decodes_a_batch_as_it_decodes_one(script, board):
-    model = build(script, script.decoder_only)
+def test_the_decoder_only_model_decodes_a_batch_as_it_decodes_one(script, listed, board):
+    model = build(script, listed.decoder_only)
     one_by_one = [board.decode(model, [source], num_beams=2)[0] for source in board.sources]
     assert len(set(map(len, board.tokenizer(board.sources).input_ids))) > 1
     assert board.decode(model, board.sources, num_beams=2) == one_by_one
@@ -147,8 +153,8 @@ def test_errors_under_the_true_prefix(script, board):
     assert found["forced_errors"] == pytest.approx(100 * wrong / count)
 
 
-def test_without_the_look_ahead_mask_the_next_token_is_seen(script, board):
-    model = build(script, script.heads)
+def test_without_the_look_ahead_mask_the_next_token_is_seen(script, listed, board):
+    model = build(script, listed.heads)
     batch = board.collator(model)([board.test[row] for row in range(2)])
     changed = {**batch, "decoder_input_ids": batch["decoder_input_ids"].clone()}
     changed["decoder_input_ids"][:, 2] = 50
@@ -158,8 +164,8 @@ def test_without_the_look_ahead_mask_the_next_token_is_seen(script, board):
         assert torch.equal(before, after) == same
 
 
-def test_unscaled_scores_start_from_the_same_queries(script):
-    scaled, unscaled = (build(script, script.heads, **changes) for changes in ({}, {"attention_scaling": 1.0}))
+def test_unscaled_scores_start_from_the_same_queries(script, listed):
+    scaled, unscaled = (build(script, listed.heads, **changes) for changes in ({}, {"attention_scaling": 1.0}))
     queries = [model.model.encoder.layers[1].self_attn.q_proj.weight.data for model in (scaled, unscaled)]
     assert queries[1].std() < 0.8 * queries[0].std()  # heads of 2 dimensions: times 2 ** -0.5
     unscaled.apply(script.enlarge_queries)
