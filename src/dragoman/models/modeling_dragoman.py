@@ -103,11 +103,18 @@ class DragomanEncoderLayer(GradientCheckpointingLayer):
         self.mlp = make_mlp(config, config.encoder_ffn_dim)
         self.mlp_norm = make_norm(config)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask, rotary_angles=None, **kwargs) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_bias: torch.Tensor | None = None,  # positional, or gradient checkpointing would not track it
+        rotary_angles=None,
+        **kwargs,
+    ) -> torch.Tensor:
         """(B, S, D) -> (B, S, D)"""
 
         def attend(x):
-            return self.self_attn(x, attention_mask, rotary_angles, **kwargs)[0]
+            return self.self_attn(x, attention_mask, rotary_angles, position_bias=position_bias, **kwargs)[0]
 
         hidden_states = self.residual(hidden_states, self.self_attn_norm, self.dropout, attend)
         return self.residual(hidden_states, self.mlp_norm, self.dropout, self.mlp)
@@ -131,10 +138,10 @@ class DragomanDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        encoder_hidden_states: torch.Tensor,  # positional, or gradient checkpointing would not track it
+        encoder_hidden_states: torch.Tensor,  # positional as position_bias is, for the same reason
         cross_attention_mask: torch.Tensor | None = None,
-        rotary_angles=None,
         position_bias: torch.Tensor | None = None,
+        rotary_angles=None,
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs,
     ) -> torch.Tensor:
@@ -212,9 +219,9 @@ class DragomanStack(DragomanPreTrainedModel):
             ),
             "learned": lambda: LearnedPositions(config.max_position_embeddings, config.d_model),
         }.get(config.position_embedding_type, lambda: None)()
-        self.rotary = None
+        self.rotary_emb = None
         if config.position_embedding_type == "rotary":
-            self.rotary = DragomanRotaryEmbedding(config.get_text_config(**{side: True}))
+            self.rotary_emb = DragomanRotaryEmbedding(config.get_text_config(**{side: True}))
         self.relative_bias = None
         if config.position_embedding_type == "relative":
             self.relative_bias = RelativePositionBias(
@@ -230,6 +237,8 @@ class DragomanStack(DragomanPreTrainedModel):
         self.final_dropout = nn.Dropout(config.final_dropout)
         self.gradient_checkpointing = False
         self.post_init()
+        if not config.gated_mlp:
+            del self._tp_plan["layers.*.mlp.gate_proj"]
 
     def embed(self, input_ids, inputs_embeds) -> torch.Tensor:
         """(B, T) ids, or their embeddings -> (B, T, D)"""
@@ -254,7 +263,7 @@ class DragomanStack(DragomanPreTrainedModel):
         """What the first layer receives (B, T, D), and the rotary angles for every layer."""
         if self.embed_positions is not None:
             embeds = embeds + self.embed_positions(position_ids, embeds.dtype)
-        angles = None if self.rotary is None else self.rotary(embeds, position_ids)
+        angles = None if self.rotary_emb is None else self.rotary_emb(embeds, position_ids)
         return self.dropout(self.embedding_norm(embeds)), angles
 
     def bias_of_positions(self, embeds, past_key_values: EncoderDecoderCache | None = None) -> torch.Tensor | None:
@@ -304,7 +313,7 @@ class DragomanEncoder(DragomanStack):
         position_bias = self.bias_of_positions(embeds)
         hidden_states, angles = self.enter(embeds, position_ids)
         for layer in self.remaining_layers():
-            hidden_states = layer(hidden_states, mask, rotary_angles=angles, position_bias=position_bias, **kwargs)
+            hidden_states = layer(hidden_states, mask, position_bias, rotary_angles=angles, **kwargs)
         return BaseModelOutput(last_hidden_state=self.final_dropout(self.norm(hidden_states)))
 
 
@@ -376,8 +385,8 @@ class DragomanDecoder(DragomanStack):
                 mask,
                 encoder_hidden_states,
                 source_mask,
+                position_bias,
                 rotary_angles=angles,
-                position_bias=position_bias,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 **kwargs,

@@ -100,16 +100,16 @@ class DragomanRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`position_ids` (B, T) -> cosine and sine, each (B, 1, T, d), in the dtype of `x`"""
+        """`position_ids` (B, T) -> cosine and sine, each (B, T, d), in the dtype of `x`"""
         precision = torch.promote_types(x.dtype, torch.float32)
-        angle = position_ids[:, None, :, None].to(precision) * self.inv_freq.to(x.device, precision)
+        angle = position_ids[:, :, None].to(precision) * self.inv_freq.to(x.device, precision)
         angle = torch.cat((angle, angle), dim=-1)
         return (angle.cos() * self.attention_scaling).to(x.dtype), (angle.sin() * self.attention_scaling).to(x.dtype)
 
 
 def rotate(query: torch.Tensor, key: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]):
     """Turns queries (B, H, T, d) and keys (B, H', T, d); dimension i is paired with i + d/2."""
-    cosine, sine = angles
+    cosine, sine = angles[0][:, None], angles[1][:, None]
 
     def turn(x: torch.Tensor) -> torch.Tensor:
         first, second = x.chunk(2, dim=-1)
