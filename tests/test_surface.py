@@ -32,6 +32,8 @@ def test_command_line():
             "--num-return-sequences",
             "--scores",
             "--seed",
+            "--source-lang",
+            "--target-lang",
             "model",
         ],
         "evaluate": [

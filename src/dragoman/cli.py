@@ -73,6 +73,8 @@ def generate(
     scores: Annotated[bool, typer.Option("--scores", help="Write the score and a tab before each output.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    source_lang: Annotated[str | None, typer.Option(help="Code of a model with many languages: it, ita_Latn.")] = None,
+    target_lang: Annotated[str | None, typer.Option(help="The same for the output.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="A table of every decoding strategy instead.")] = False,
 ) -> None:
     """Turn lines on standard input into lines on standard output, in the same order.
@@ -87,6 +89,7 @@ def generate(
 
     from dragoman.data.reading import read_lines
     from dragoman.inference.arguments import parse_generation_options
+    from dragoman.inference.languages import choose_languages
     from dragoman.inference.translate import compare_strategies, load, translate_stream
 
     own_options = [name for parameter in context.command.params for name in parameter.opts]
@@ -95,6 +98,8 @@ def generate(
         raise ValueError("--compare shows one output per strategy; leave out --nbest and --scores")
     disable_progress_bar()
     loaded, tokenizer = load(model, device)
+    if source_lang is not None or target_lang is not None:
+        options = {**choose_languages(tokenizer, source_lang, target_lang), **options}
     if seed is not None:
         set_seed(seed)
     if compare:

@@ -6,10 +6,13 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from typer.testing import CliRunner
 
+import dragoman.cli
 from conversion.stock import TOKENIZERS, save_with_tokenizer
 from dragoman.conversion import convert
 from dragoman.data.collators import Seq2SeqCollator, encode_pairs
+from dragoman.inference.languages import choose_languages
 from dragoman.inference.translate import load, translate
 
 
@@ -55,27 +58,46 @@ def test_texts_are_translated_as_before(name, tmp_path):
     assert len({tuple(one.token_ids) for one in found}) > 2
 
 
-@pytest.mark.parametrize(
-    ("name", "source", "target"),
-    [("m2m100", "it", "de"), ("nllb", "ita_Latn", "deu_Latn"), ("mbart50", "it_IT", "de_DE")],
-)
-def test_languages_are_chosen_by_their_codes(name, source, target, tmp_path):
-    """The source's code is the tokenizer's business, the target's is the first token that the decoder must produce."""
+LANGUAGES = [
+    ("m2m100", "it", "de", "forced_bos_token_id"),
+    ("nllb", "ita_Latn", "deu_Latn", "forced_bos_token_id"),
+    ("mbart50", "it_IT", "de_DE", "forced_bos_token_id"),
+    ("mbart", "it_IT", "de_DE", "decoder_start_token_id"),
+]
+
+
+@pytest.mark.parametrize(("name", "source", "target", "argument"), LANGUAGES)
+def test_languages_are_chosen_by_their_codes(name, source, target, argument, tmp_path):
     save_with_tokenizer(name, tmp_path / "stock")
-    model, tokenizer = load(convert(tmp_path / "stock", tmp_path / "converted").folder, device="cpu")
-    tokenizer.src_lang = source
+    folder = convert(tmp_path / "stock", tmp_path / "converted").folder
+    model, tokenizer = load(folder, device="cpu")
+    settings = choose_languages(tokenizer, source, target)
     code = tokenizer.get_lang_id(target) if name == "m2m100" else tokenizer.convert_tokens_to_ids(target)
-    assert tokenizer.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(code)) == code != tokenizer.unk_token_id
-    default = translate(model, tokenizer, SENTENCES, max_new_tokens=6)
-    chosen = translate(model, tokenizer, SENTENCES, max_new_tokens=6, forced_bos_token_id=code)
-    assert {hypotheses[0].token_ids[0] for hypotheses in chosen} == {code}
-    assert {hypotheses[0].token_ids[0] for hypotheses in default} == {model.generation_config.forced_bos_token_id}
-    stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "stock").eval()
+    assert settings == {argument: code}
     batch = tokenizer(SENTENCES, return_tensors="pt", padding=True)
-    first = batch.input_ids[0].tolist()
-    assert tokenizer.convert_tokens_to_ids(f"__{source}__" if name == "m2m100" else source) in first
-    settings = {"forced_bos_token_id": code, "max_length": 7}
-    assert torch.equal(stock.generate(**batch, **settings), model.generate(**batch, **settings))
+    assert tokenizer.convert_tokens_to_ids(f"__{source}__" if name == "m2m100" else source) in batch.input_ids[0]
+    stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "stock").eval()
+    expected = stock.generate(**batch, **settings, max_length=7)
+    assert (expected[:, 0 if name == "mbart" else 1] == code).all()
+    found = translate(model, tokenizer, SENTENCES, **settings, max_length=7, scores=False)
+    for hypotheses, row in zip(found, expected.tolist(), strict=True):
+        assert hypotheses[0].token_ids == row[1 : 1 + len(hypotheses[0].token_ids)]
+
+    command = ["generate", str(folder), "--source-lang", source, "--target-lang", target, "--max-length", "7"]
+    result = CliRunner().invoke(dragoman.cli.app, command, input="\n".join(SENTENCES))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines() == [hypotheses[0].text for hypotheses in found]
+    result = CliRunner().invoke(dragoman.cli.app, [*command[:3], "klingon"])
+    assert result.exit_code == 2
+    assert "dragoman generate: the tokenizer does not know the language 'klingon': " in result.stderr
+
+
+def test_one_language_may_be_chosen_alone():
+    tokenizer = TOKENIZERS["mbart50"][2](None)
+    assert choose_languages(tokenizer, source_lang="it_IT") == {}
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a").input_ids)[0] == "it_IT"
+    with pytest.raises(ValueError, match="a T5Tokenizer has no languages to choose from; tokenizers of M2M100, NLLB"):
+        choose_languages(TOKENIZERS["t5"][2](None), target_lang="it")
 
 
 @pytest.mark.parametrize("name", ["mbart", "mbart50", "nllb", "marian with two vocabularies"])
