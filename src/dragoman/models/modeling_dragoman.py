@@ -199,15 +199,8 @@ class DragomanPreTrainedModel(PreTrainedModel):
 class DragomanStack(DragomanPreTrainedModel):
     """Embeddings, layers and final norm: what the encoder and the decoder have in common."""
 
-    _tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
+    attentions = ("self_attn",)
+    _tp_plan = {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
 
     def __init__(self, config: DragomanConfig, side: str, vocab_size: int, layers: Iterable[nn.Module]):
         super().__init__(config)
@@ -237,8 +230,22 @@ class DragomanStack(DragomanPreTrainedModel):
         self.final_dropout = nn.Dropout(config.final_dropout)
         self.gradient_checkpointing = False
         self.post_init()
-        if not config.gated_mlp:
-            del self._tp_plan["layers.*.mlp.gate_proj"]
+
+    def init_parallel_plans(self):
+        """Tensor parallelism (Shoeybi 2019): every process has some heads, and some columns of the MLPs."""
+        super().init_parallel_plans()
+        if self.config.gated_mlp:
+            self._tp_plan["layers.*.mlp.gate_proj"] = "colwise"
+        for name in self.attentions:
+            # Relative biases belong to the heads and are not split, so neither is the attention that takes them.
+            if name == "self_attn" and self.relative_bias is not None:
+                continue
+            attention = f"layers.*.{name}"
+            self._tp_plan.update({f"{attention}.{part}_proj": "colwise" for part in "qkv"})
+            self._tp_plan[f"{attention}.o_proj"] = "rowwise"
+            if self.config.qk_norm:
+                norms = {f"{attention}.{part}_norm": "replicated_with_grad_allreduce" for part in "qk"}
+                self._tp_plan.update(norms)
 
     def embed(self, input_ids, inputs_embeds) -> torch.Tensor:
         """(B, T) ids, or their embeddings -> (B, T, D)"""
@@ -320,17 +327,11 @@ class DragomanEncoder(DragomanStack):
 class DragomanDecoder(DragomanStack):
     """Target tokens so far and source states -> target states, each for predicting the next token."""
 
+    attentions = ("self_attn", "cross_attn")
     _can_record_outputs = {
         "hidden_states": DragomanDecoderLayer,
         "attentions": OutputRecorder(DragomanSelfAttention, index=1, layer_name="self_attn"),
         "cross_attentions": OutputRecorder(DragomanCrossAttention, index=1, layer_name="cross_attn"),
-    }
-    _tp_plan = {
-        **DragomanStack._tp_plan,
-        "layers.*.cross_attn.q_proj": "colwise",
-        "layers.*.cross_attn.k_proj": "colwise",
-        "layers.*.cross_attn.v_proj": "colwise",
-        "layers.*.cross_attn.o_proj": "rowwise",
     }
 
     def __init__(self, config: DragomanConfig):
