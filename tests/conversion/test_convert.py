@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -94,13 +95,17 @@ def test_shards_are_read_and_written(name, tmp_path, monkeypatch):
 def test_one_shard_at_a_time_is_in_memory(tmp_path, monkeypatch):
     save(case_of("bart"), tmp_path / "stock")
     monkeypatch.setattr(checkpoint, "SHARD_SIZE", "4KB")
-    held = []
+    sizes, alive = [], []
     write_file = checkpoint.save_file
-    monkeypatch.setattr(
-        checkpoint, "save_file", lambda shard, *rest, **more: (held.append(shard), write_file(shard, *rest, **more))
-    )
-    folder = convert(tmp_path / "stock", tmp_path / "converted").folder
-    sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in held]
+
+    def save_and_watch(shard, *rest, **more):
+        assert not any(reference() is not None for reference in alive)  # those of earlier shards are gone
+        alive.extend(weakref.ref(tensor) for tensor in shard.values())
+        sizes.append(sum(tensor.nbytes for tensor in shard.values()))
+        write_file(shard, *rest, **more)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_and_watch)
+    folder = convert(tmp_path / "stock", tmp_path / "converted", dtype="float32").folder
     assert len(sizes) > 3
     assert max(sizes) <= 4000
     index = json.loads((folder / "model.safetensors.index.json").read_text())

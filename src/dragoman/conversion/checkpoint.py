@@ -132,9 +132,13 @@ def write(folder: Path, origins: dict[str, Origin], stored: StoredWeights, dtype
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_SIZE,
     )
+
+    def content(names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: changed(origins[name], stored.read(origins[name].name)) for name in names}
+
     for filename, names in shards.filename_to_tensors.items():
-        shard = {name: changed(origins[name], stored.read(origins[name].name)) for name in names}
-        save_file(shard, folder / filename, metadata={"format": "pt"})
+        # The content has no name here, so that a shard is gone before the next one is read.
+        save_file(content(names), folder / filename, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
