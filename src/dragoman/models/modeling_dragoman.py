@@ -18,7 +18,6 @@ from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPooling,
-    Seq2SeqLMOutput,
     Seq2SeqModelOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
@@ -30,7 +29,8 @@ from .attention import DragomanCrossAttention, DragomanSelfAttention, ScaledQuer
 from .configuration_dragoman import DragomanConfig
 from .embeddings import DragomanScaledEmbedding, TokenTables
 from .generation import DragomanGenerationMixin
-from .loss import next_token_loss, rotate_labels
+from .language_model_head import LanguageModelHead
+from .loss import rotate_labels
 from .masks import cross_mask, decoder_self_mask, encoder_self_mask
 from .positions import (
     DragomanRotaryEmbedding,
@@ -532,15 +532,14 @@ class DragomanEncoderModel(DragomanPreTrainedModel):
         )
 
 
-class DragomanForConditionalGeneration(TokenTables, DragomanPreTrainedModel, DragomanGenerationMixin):
+class DragomanForConditionalGeneration(LanguageModelHead, DragomanPreTrainedModel, DragomanGenerationMixin):
     """The model to train and to translate with: encoder, decoder and an output layer over the target vocabulary."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: DragomanConfig):
         super().__init__(config)
-        table = "encoder" if config.share_embeddings else "decoder"
-        self._tied_weights_keys = {"lm_head.weight": f"model.{table}.embed_tokens.weight"} if config.tie_lm_head else {}
+        self._tied_weights_keys = self.head_tie()
         self.model = DragomanModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
@@ -548,97 +547,17 @@ class DragomanForConditionalGeneration(TokenTables, DragomanPreTrainedModel, Dra
         if self.generation_config.max_length is None:
             self.generation_config.max_length = config.max_position_embeddings
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, V)"""
+        return self.lm_head(states if self.config.logit_scale is None else states * self.config.logit_scale)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         if self.config.rotate_labels:
             return rotate_labels(labels, self.config.pad_token_id)
         return super().prepare_decoder_input_ids_from_labels(labels)
 
-    def set_output_embeddings(self, value: nn.Module):
-        self.lm_head = value
-
     def prepare_inputs_for_generation(self, input_ids, decoder_attention_mask=None, **kwargs):
         """As the host's, and positions that do not count the padding of a prompt, which a static cache would hide."""
         if decoder_attention_mask is not None and decoder_attention_mask.ndim == 2:
             kwargs.setdefault("decoder_position_ids", count_positions(decoder_attention_mask, decoder_attention_mask))
         return super().prepare_inputs_for_generation(input_ids, decoder_attention_mask=decoder_attention_mask, **kwargs)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        cross_attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        past_key_values: EncoderDecoderCache | None = None,
-        labels: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        decoder_position_ids: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        decoder_segment_ids: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
-    ) -> Seq2SeqLMOutput:
-        """
-        As [`DragomanModel.forward`], and:
-
-        Args:
-            labels (B, T): the target without the start token, -100 where nothing is to be predicted. Where no decoder
-                input is given, the labels shifted right become it.
-            logits_to_keep: compute logits for the last so many positions only, or for these; 0 means all.
-            num_items_in_batch: number of labels of the whole optimizer step, by which the summed loss is divided.
-
-        Returns:
-            `logits` (B, T, V), `loss` if labels are given (label smoothing only in training mode), and the rest.
-        """
-        if labels is not None:
-            use_cache = False if use_cache is None else use_cache
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            cross_attention_mask=cross_attention_mask,
-            inputs_embeds=inputs_embeds,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            decoder_position_ids=decoder_position_ids,
-            segment_ids=segment_ids,
-            decoder_segment_ids=decoder_segment_ids,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        states = outputs.last_hidden_state
-        if labels is None:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            states = states[:, kept]
-        if self.config.logit_scale is not None:
-            states = states * self.config.logit_scale
-        logits = self.lm_head(states)
-        loss = None
-        if labels is not None:
-            smoothing = self.config.label_smoothing if self.training else 0.0
-            loss = next_token_loss(logits, labels, smoothing, num_items_in_batch)
-        return Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-        )

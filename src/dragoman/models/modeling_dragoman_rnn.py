@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, Seq2SeqModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_dragoman_rnn import DragomanRnnConfig
 from .embeddings import TokenTables
 from .generation import DragomanGenerationMixin
-from .loss import next_token_loss
+from .language_model_head import LanguageModelHead
 from .recurrent_attention import Source, Step, make_recurrence, make_rnn, run
 from .recurrent_cache import DragomanRecurrentCache
 from .scheduled_sampling import ScheduledSampling
@@ -462,25 +462,18 @@ class DragomanRnnModel(TokenTables, DragomanRnnPreTrainedModel):
         )
 
 
-class DragomanRnnForConditionalGeneration(TokenTables, DragomanRnnPreTrainedModel, DragomanGenerationMixin):
+class DragomanRnnForConditionalGeneration(LanguageModelHead, DragomanRnnPreTrainedModel, DragomanGenerationMixin):
     """The model to train and to translate with: encoder, decoder and an output layer over the target vocabulary."""
 
     def __init__(self, config: DragomanRnnConfig):
         super().__init__(config)
-        table = "encoder" if config.share_embeddings else "decoder"
-        self._tied_weights_keys = {"lm_head.weight": f"model.{table}.embed_tokens.weight"} if config.tie_lm_head else {}
+        self._tied_weights_keys = self.head_tie()
         self.model = DragomanRnnModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
         # Without a length, stock generate() stops after 20 tokens. Training writes one that fits its data.
         if self.generation_config.max_length is None:
             self.generation_config.max_length = config.max_target_length
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module):
-        self.lm_head = value
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
         if generation_config.cache_implementation is not None:
@@ -491,87 +484,17 @@ class DragomanRnnForConditionalGeneration(TokenTables, DragomanRnnPreTrainedMode
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = DragomanRecurrentCache()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        cross_attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        past_key_values: DragomanRecurrentCache | None = None,
-        labels: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        decoder_position_ids: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        decoder_segment_ids: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        teacher_forcing_ratio: float | None = None,
-        teacher_forcing_generator: torch.Generator | None = None,
-        **kwargs,
-    ) -> Seq2SeqLMOutput:
+    def target_arguments(self, decoder_inputs: torch.Tensor | None, kwargs: dict) -> dict:
         """
-        As [`DragomanRnnModel.forward`], and:
+        Scheduled sampling, by two more arguments of `forward`:
 
-        Args:
-            labels (B, T): the target without the start token, -100 where nothing is to be predicted. Where no decoder
-                input is given, the labels shifted right become it.
-            logits_to_keep: compute logits for the last so many positions only, or for these; 0 means all.
-            num_items_in_batch: number of labels of the whole optimizer step, by which the summed loss is divided.
             teacher_forcing_ratio: chance of feeding the true token; where it is not given, the configuration's in
                 training mode and 1 in evaluation mode.
             teacher_forcing_generator: on the CPU, tosses the coins; where it is not given, torch's own does. One that a
                 trainer seeds for each optimizer step makes that step's coins repeatable.
-
-        Returns:
-            `logits` (B, T, V), `loss` if labels are given (label smoothing only in training mode), and the rest.
         """
-        if labels is not None:
-            use_cache = False if use_cache is None else use_cache
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        target = decoder_input_ids if decoder_input_ids is not None else decoder_inputs_embeds
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            cross_attention_mask=cross_attention_mask,
-            inputs_embeds=inputs_embeds,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            decoder_position_ids=decoder_position_ids,
-            segment_ids=segment_ids,
-            decoder_segment_ids=decoder_segment_ids,
-            use_cache=use_cache,
-            scheduled_sampling=self.scheduled_sampling(target, teacher_forcing_ratio, teacher_forcing_generator),
-            **kwargs,
-        )
-        states = outputs.last_hidden_state
-        if labels is None:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            states = states[:, kept]
-        logits = self.lm_head(states)
-        loss = None
-        if labels is not None:
-            smoothing = self.config.label_smoothing if self.training else 0.0
-            loss = next_token_loss(logits, labels, smoothing, num_items_in_batch)
-        return Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-        )
+        ratio, generator = kwargs.pop("teacher_forcing_ratio", None), kwargs.pop("teacher_forcing_generator", None)
+        return {**kwargs, "scheduled_sampling": self.scheduled_sampling(decoder_inputs, ratio, generator)}
 
     def scheduled_sampling(
         self, target: torch.Tensor | None, ratio: float | None, generator: torch.Generator | None

@@ -1,0 +1,122 @@
+"""From decoder states to logits and loss: the head that both families put on their encoder-decoder."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.utils import can_return_tuple
+
+from .embeddings import TokenTables
+from .loss import next_token_loss
+
+
+# Shapes: B sources, S source length, T target length, D width of the decoder states, V target vocabulary.
+
+
+class LanguageModelHead(TokenTables):
+    """
+    `forward`, ties and output layer of a model for conditional generation. The class that inherits it has a `model`
+    (encoder and decoder) and an `lm_head`.
+    """
+
+    model: Any
+    lm_head: Any
+    training: bool
+    prepare_decoder_input_ids_from_labels: Any
+
+    def head_tie(self) -> dict[str, str]:
+        """The tie of the output layer, for `_tied_weights_keys`: it is the target's table where the config asks for it."""
+        table = "encoder" if self.config.share_embeddings else "decoder"
+        return {"lm_head.weight": f"model.{table}.embed_tokens.weight"} if self.config.tie_lm_head else {}
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.lm_head = value
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, V)"""
+        return self.lm_head(states)
+
+    def target_arguments(self, decoder_inputs: torch.Tensor | None, kwargs: dict) -> dict:
+        """`kwargs` with what only this family does to its decoder inputs, ids (B, T) or embeddings (B, T, D)."""
+        return kwargs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        cross_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        decoder_position_ids: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        decoder_segment_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> Seq2SeqLMOutput:
+        """
+        As the `forward` of the model without a head, and:
+
+        Args:
+            labels (B, T): the target without the start token, -100 where nothing is to be predicted. Where no decoder
+                input is given, the labels shifted right become it.
+            logits_to_keep: compute logits for the last so many positions only, or for these; 0 means all.
+            num_items_in_batch: number of labels of the whole optimizer step, by which the summed loss is divided.
+
+        Returns:
+            `logits` (B, T, V), `loss` if labels are given (label smoothing only in training mode), and the rest.
+        """
+        if labels is not None:
+            use_cache = False if use_cache is None else use_cache
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        decoder_inputs = decoder_input_ids if decoder_input_ids is not None else decoder_inputs_embeds
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            cross_attention_mask=cross_attention_mask,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            decoder_position_ids=decoder_position_ids,
+            segment_ids=segment_ids,
+            decoder_segment_ids=decoder_segment_ids,
+            use_cache=use_cache,
+            **self.target_arguments(decoder_inputs, kwargs),
+        )
+        states = outputs.last_hidden_state
+        if labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            states = states[:, kept]
+        logits = self.logits(states)
+        loss = None
+        if labels is not None:
+            smoothing = self.config.label_smoothing if self.training else 0.0
+            loss = next_token_loss(logits, labels, smoothing, num_items_in_batch)
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
