@@ -21,6 +21,21 @@ find_python() {
     return 1
 }
 
+# The wheel of Transformers leaves its tests out; tests/conformance runs them on our classes.
+fetch_suite() {
+    local suite version
+    version=$(sed -n 's/^transformers==//p' scripts/constraints.txt)
+    suite=.venv/transformers-$version
+    if [ ! -d "$suite" ]; then
+        echo "Fetching the tests of Transformers $version into .venv"
+        rm -rf .venv/sdist
+        .venv/bin/python -m pip download --quiet --no-deps --no-binary transformers --dest .venv/sdist "transformers==$version" || return 1
+        tar -xzf ".venv/sdist/transformers-$version.tar.gz" -C .venv/sdist "transformers-$version/tests" || return 1
+        mv ".venv/sdist/transformers-$version" "$suite"
+        rm -r .venv/sdist
+    fi
+}
+
 install() {
     local extra=${1:-} key python
     # What was installed, where and from which pins; a change of any of them installs again.
@@ -38,6 +53,9 @@ install() {
         rm -f .venv/installed-*
         .venv/bin/python -m pip install --quiet --constraint scripts/constraints.txt --editable ".${extra:+[$extra]}" || return 1
         echo "$key" >".venv/installed-${extra:-base}"
+    fi
+    if [ "$extra" = dev ]; then
+        fetch_suite || return 1
     fi
     source .venv/bin/activate
 }

@@ -29,7 +29,7 @@ def checkout(tmp_path):
     shutil.copytree(ROOT / "scripts", tmp_path / "repository" / "scripts")
     shutil.copy(ROOT / "pyproject.toml", tmp_path / "repository")
     (tmp_path / "bin").mkdir()
-    for program in ("bash", "cat", "cksum", "dirname", "mkdir", "rm"):
+    for program in ("bash", "cat", "cksum", "dirname", "mkdir", "mv", "rm", "sed"):
         (tmp_path / "bin" / program).symlink_to(shutil.which(program))
     return tmp_path
 
@@ -48,6 +48,10 @@ esac
     )
     python.chmod(0o755)
     (checkout / "bin" / "cp").symlink_to(shutil.which("cp"))
+    # A stand-in for tar, which is called with -xzf ARCHIVE -C FOLDER MEMBER.
+    tar = checkout / "bin" / "tar"
+    tar.write_text('#!/bin/bash\nmkdir -p "$4/$5"\n')
+    tar.chmod(0o755)
 
 
 def install(checkout, extra=""):
@@ -88,7 +92,10 @@ def test_the_second_installation_does_nothing(checkout):
 
     assert install(checkout, "dev").returncode == 0
     assert "--editable .[dev]\n" in calls.read_text()
-    assert "venv" not in calls.read_text()
+    assert "-m venv" not in calls.read_text()
+    (version,) = re.findall("^transformers==(.*)$", (ROOT / "scripts" / "constraints.txt").read_text(), re.MULTILINE)
+    assert calls.read_text().splitlines()[-1].endswith(f"--dest .venv/sdist transformers=={version}")
+    assert (checkout / "repository" / ".venv" / f"transformers-{version}" / "tests").is_dir()
     calls.write_text("")
     assert install(checkout, "dev").returncode == 0
     assert install(checkout).returncode == 0  # what the tests need includes what the quickstart needs
