@@ -22,6 +22,7 @@ STYLES = {  # color and line: recurrent without attention dashed, with attention
     "lstm_additive": ("#1b7837", "-"),
     "lstm_dot": ("#5aae61", "-"),
     "attention_edm": ("#8c8c8c", "-"),
+    "attention_edm_forced": ("#3a3a3a", "-"),
     "transformer_2017": ("#4c72b0", ":"),
     "modern": ("#12305e", ":"),
     "decoder_only": ("#8172b3", "-."),
@@ -110,7 +111,7 @@ def systems_section(path: Path) -> list[str]:
                 str(len(runs)),
             )
         )
-    plot_lengths(by_name, metrics[0], path.with_name(f"lengths_{task}.png"))
+    plot_lengths(by_name, "PER" if "PER" in metrics else metrics[0], path.with_name(f"lengths_{task}.png"))
     flat = [run for runs in by_name.values() for run in runs]
     sections = [f"### Systems on {task}", conditions(results["settings"], flat), table(header, rows)]
     if task in PUBLISHED:
@@ -185,7 +186,7 @@ def plot_lengths(by_name: dict[str, list[dict[str, Any]]], metric: str, path: Pa
     for name, runs in by_name.items():
         buckets = runs[0]["by_length"]
         values = [statistics.mean(run["by_length"][b][metric] for run in runs) for b in range(len(buckets))]
-        if metric == "WER":
+        if metric == "PER":
             values = [100 - value for value in values]
         color, line = STYLES[name]
         axes.plot(
@@ -197,8 +198,8 @@ def plot_lengths(by_name: dict[str, list[dict[str, Any]]], metric: str, path: Pa
             markersize=4,
             label=runs[0]["label"],
         )
-    axes.set_xlabel("letters of the word" if metric == "WER" else "words of the source")
-    axes.set_ylabel("words right, %" if metric == "WER" else metric)
+    axes.set_xlabel("letters of the word" if metric == "PER" else "words of the source")
+    axes.set_ylabel("phonemes right, % (100 - PER)" if metric == "PER" else metric)
     finish(figure, axes, path)
 
 

@@ -103,7 +103,10 @@ SYSTEMS = {
     "lstm_dot": System(
         "LSTM + dot (Luong 2015)", partial(recurrent, "lstm_luong", encoder_layers=2, decoder_layers=2), 2e-3
     ),
-    "attention_edm": System("AttentionEDM", partial(recurrent, "attention_edm"), 2e-3),
+    "attention_edm": System("AttentionEDM, teacher forcing 0.5", partial(recurrent, "attention_edm"), 2e-3),
+    "attention_edm_forced": System(
+        "AttentionEDM, teacher forcing 1.0", partial(recurrent, "attention_edm", teacher_forcing_ratio=1.0), 2e-3
+    ),
     "transformer_2017": System("Transformer (Vaswani 2017)", partial(transformer, "transformer_2017"), 1e-3),
     "modern": System("modern Transformer", partial(transformer, "modern"), 2e-3),
     "decoder_only": System("decoder-only (stock Llama)", decoder_only, 2e-3),
