@@ -116,9 +116,7 @@ FAMILIES = [
         encoder_head_dim=5,
         decoder_head_dim=4,
     ),
-    transformer(
-        "unordered", position_embedding_type="none", attention_direction="unidirectional", sinusoid_layout="halves"
-    ),
+    transformer("unordered", position_embedding_type="none", attention_direction="unidirectional"),
     rnn(
         "gru",
         cell="gru",

@@ -42,6 +42,7 @@ AutoProcessor.register(DragomanConfig, DragomanProcessor, exist_ok=True)
 # A saved model carries the code that loads it where this package is not installed.
 DragomanConfig.register_for_auto_class()
 DragomanModel.register_for_auto_class("AutoModel")
+DragomanEncoderModel.register_for_auto_class("AutoModel")
 DragomanForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
 DragomanRnnConfig.register_for_auto_class()
 DragomanRnnModel.register_for_auto_class("AutoModel")

@@ -138,6 +138,25 @@ def test_labels_or_decoder_inputs_are_needed(model, batch):
         model(input_ids=batch["input_ids"])
 
 
+def test_without_labels_there_is_nothing_to_lose(model, batch):
+    nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    for count in (None, 0, torch.tensor(0)):
+        assert model(**nothing, num_items_in_batch=count).loss == 0
+
+
+def test_the_count_of_labels_may_be_a_number(model, batch):
+    count = (batch["labels"] != -100).sum()
+    assert model(**batch, num_items_in_batch=int(count)).loss == model(**batch, num_items_in_batch=count).loss
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "decoder_start_token_id"])
+def test_labels_need_the_ids_around_them(any_family, batch, name):
+    model = any_family.build()
+    setattr(model.config, name, None)
+    with pytest.raises(ValueError, match=f"the config has {name}=None"):
+        model(**batch)
+
+
 def test_logits_to_keep(model, batch):
     target = decoder_inputs(model, batch["labels"])
     every = model(input_ids=batch["input_ids"], decoder_input_ids=target).logits

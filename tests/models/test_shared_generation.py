@@ -7,6 +7,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import reference
 from conftest import BOS, EOS, PAD, B, V, make_batch
+from dragoman.data.tokenizers import train_tokenizer
 
 
 STRATEGIES = {
@@ -157,6 +158,16 @@ def test_a_model_can_be_contrastive_by_default(model, batch, tmp_path):
     assert torch.equal(generate(again, batch, num_beams=3), beams)
 
 
+def test_contrastive_search_can_be_switched_off(model, batch):
+    greedy = generate(model, batch)
+    model.generation_config.penalty_alpha = 0.6
+    assert torch.equal(generate(model, batch, penalty_alpha=0.0), greedy)
+    assert torch.equal(generate(model, batch, top_k=1), greedy)
+    sampled = generate(model, batch, do_sample=True, top_k=9)
+    model.generation_config.penalty_alpha = None
+    assert torch.equal(generate(model, batch, do_sample=True, top_k=9), sampled)
+
+
 class Collector(BaseStreamer):
     def __init__(self):
         self.tokens, self.ended = [], False
@@ -240,6 +251,29 @@ def test_a_fresh_model_is_not_cut_at_twenty_tokens(any_family, batch):
     assert model.generate(batch["input_ids"]).shape[1] > 21
 
 
+@pytest.mark.parametrize("strategy", [{}, {"num_beams": 3}, {"penalty_alpha": 0.6}])
+def test_the_calls_length_beats_the_saved_one(model, batch, strategy):
+    model.generation_config.max_new_tokens = 8
+    assert generate(model, batch, max_new_tokens=3, eos_token_id=None, **strategy).shape[1] == 4
+    assert generate(model, batch, eos_token_id=None, **strategy).shape[1] == 9
+
+
+def test_settings_that_cannot_work_are_refused(any_family, batch):
+    model = any_family.build()
+    with pytest.raises(ValueError, match=r"guidance_scale=2\.0 needs a model that also runs without its source"):
+        generate(model, batch, guidance_scale=2.0)
+    with pytest.raises(ValueError, match=f"forced_bos_token_id={V} holds {V}, but the target vocabulary has the ids 0"):
+        generate(model, batch, forced_bos_token_id=V)
+    with pytest.raises(ValueError, match=f"suppress_tokens=.* holds {V}, but the target vocabulary"):
+        generate(model, batch, suppress_tokens=[3, V])
+    if model.config.source_vocab_size is not None:
+        with pytest.raises(ValueError, match=r"encoder_repetition_penalty=1\.2 compares source with target ids"):
+            generate(model, batch, encoder_repetition_penalty=1.2)
+    for ids in (torch.zeros(B, 0, dtype=torch.long), torch.tensor([3, 4])):
+        with pytest.raises(ValueError, match="give rows of equal length with at least one token"):
+            model.generate(ids)
+
+
 def test_foreign_ids_are_refused(model, batch):
     batch["input_ids"][1, 1] = 99
     with pytest.raises(ValueError, match=r"input_ids hold 99, but the vocabulary has \d+ ids"):
@@ -265,3 +299,23 @@ def test_stock_arguments_survive(model, batch):
         assert torch.equal(given, generate(model, batch, **settings))
     assert generate(model, batch, max_new_tokens=4, eos_token_id=None).shape[1] == 5
     assert generate(model, batch, max_length=4, eos_token_id=None).shape[1] == 4
+
+
+@pytest.mark.parametrize("where", ["call", "config", "model"])
+def test_contrastive_search_stops_at_strings(any_family, batch, where):
+    """Wherever they are given; the host drops the tokenizer that it needs for them."""
+    tokenizer = train_tokenizer(["abcdefghijklmnopqrs"], kind="char")
+    assert len(tokenizer) == V
+    model = any_family.build(eos_token_id=None)
+    found = generate(model, batch, penalty_alpha=0.6)
+    letter = tokenizer.decode(found[0, 3])
+    given = {"stop_strings": [letter]} if where == "call" else {}
+    if where == "config":
+        given = {"generation_config": GenerationConfig(stop_strings=[letter], max_length=11)}
+    if where == "model":
+        model.generation_config.stop_strings = [letter]
+    stopped = generate(model, batch, penalty_alpha=0.6, tokenizer=tokenizer, **given)
+    first = found[0].tolist().index(found[0, 3])
+    assert stopped[0, : first + 1].tolist() == found[0, : first + 1].tolist()
+    with pytest.raises(ValueError, match="stop_strings need the tokenizer"):
+        generate(model, batch, penalty_alpha=0.6, **given)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, DynamicCache
 
 import dragoman
 import reference
@@ -206,11 +206,17 @@ def test_four_dimensional_masks(any_transformer, batch, implementation, kind):
     torch.testing.assert_close(ours[target], expected[target], rtol=0, atol=1e-12)
 
 
-def test_a_four_dimensional_source_mask_is_enough():
-    model, batch = family("modern").build(), make_batch()
+def test_a_four_dimensional_source_mask_is_enough(any_transformer):
+    model, batch = any_transformer.build(), make_batch()
     square = batch["attention_mask"].bool()[:, None, None, :].expand(-1, -1, S, -1)
     logits = model(input_ids=batch["input_ids"], attention_mask=square, labels=batch["labels"]).logits
     torch.testing.assert_close(logits, model(**batch).logits, rtol=0, atol=1e-12)
+
+
+def test_finished_masks_do_not_open_what_the_direction_closes():
+    model, batch = family("unordered").build(), make_batch()
+    open_wide = {**batch, "cross_attention_mask": batch["attention_mask"].bool()[:, None, None]}
+    torch.testing.assert_close(model(**open_wide).logits, model(**batch).logits, rtol=0, atol=1e-12)
 
 
 def test_a_cross_mask_cuts_the_source_off(batch):
@@ -269,6 +275,20 @@ def test_packed_pairs_equal_separate_pairs(any_transformer, implementation):
         for source, target in zip(sources, targets, strict=True)
     ]
     torch.testing.assert_close(packed, torch.cat(separate), rtol=0, atol=1e-12)
+
+    # Finished masks say who is there, the segments still keep the pairs apart; and padding may stand on the left.
+    source, target = torch.cat(sources)[None], torch.cat(targets)[None]
+    length = target.shape[1]
+    with_masks = model(
+        input_ids=nn.functional.pad(source, (2, 0), value=1),
+        attention_mask=nn.functional.pad(torch.ones_like(source), (2, 0)),
+        decoder_input_ids=target,
+        decoder_attention_mask=torch.ones(length, length).tril().bool()[None, None],
+        segment_ids=nn.functional.pad(numbers(sources), (2, 0)),
+        decoder_segment_ids=numbers(targets),
+    ).logits[0]
+    torch.testing.assert_close(with_masks, torch.cat(separate), rtol=0, atol=1e-12)
+
     with pytest.raises(ValueError, match="packed targets need packed sources"):
         model(input_ids=sources[0][None], decoder_input_ids=targets[0][None], decoder_segment_ids=numbers(targets[:1]))
 
@@ -398,6 +418,32 @@ def test_sentence_vectors(batch, tmp_path):
     for row in range(B):
         expected = states[row, batch["attention_mask"][row].bool()].mean(0)
         torch.testing.assert_close(outputs.pooler_output[row], expected, rtol=0, atol=1e-12)
+
+
+def test_sentence_vectors_have_a_vocabulary_of_their_own(batch, tmp_path):
+    encoder = DragomanEncoderModel(family("prenorm").config()).double().eval()
+    before = encoder(batch["input_ids"]).pooler_output
+    encoder.resize_token_embeddings(37)
+    assert (encoder.config.source_vocab_size, encoder.config.vocab_size) == (37, V)
+    encoder.save_pretrained(tmp_path)
+    again = DragomanEncoderModel.from_pretrained(tmp_path, dtype=torch.float64)
+    assert_equal(again(batch["input_ids"]).pooler_output, before)
+    assert (tmp_path / "modeling_dragoman.py").exists()
+    with pytest.raises(ValueError, match="attention_mask has 4 dimensions"):
+        encoder(batch["input_ids"], torch.ones(B, 1, 1, S))
+
+
+def test_a_cache_for_one_sequence_is_refused(batch):
+    with pytest.raises(ValueError, match="past_key_values is a DynamicCache, but this decoder keeps source and target"):
+        family("modern").build()(**batch, past_key_values=DynamicCache())
+
+
+def test_beams_of_packed_sources(batch):
+    """The segments belong to the source and are not copied for its beams."""
+    model = family("unordered").build()
+    one = torch.zeros_like(batch["input_ids"])
+    expected = model.generate(batch["input_ids"], num_beams=3)
+    assert torch.equal(model.generate(batch["input_ids"], segment_ids=one, num_beams=3), expected)
 
 
 def test_the_headless_model_loads_from_the_whole(batch, tmp_path):

@@ -5,6 +5,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 SIDES = ("encoder", "decoder")
@@ -156,7 +157,13 @@ class DragomanConfig(PreTrainedConfig):
 
     def validate_rope(self):
         # Transformers gives every config with this field default `rope_parameters`, and wants even heads of it then.
-        if self.position_embedding_type == "rotary":
+        if self.position_embedding_type == "rotary" and self.rope_parameters is not None:
+            known = ("default", *ROPE_INIT_FUNCTIONS)
+            if self.rope_parameters["rope_type"] not in known:
+                raise ValueError(
+                    f"rope_type={self.rope_parameters['rope_type']!r} in rope_parameters is unknown: choose one of "
+                    f"{', '.join(sorted(set(known)))}."
+                )
             super().validate_rope()
 
     def validate_architecture(self):
@@ -213,14 +220,18 @@ class DragomanConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive, or None for the usual one.")
         if self.sinusoid_offset < 0:
             raise ValueError(f"sinusoid_offset={self.sinusoid_offset} must be at least 0.")
-        if self.position_embedding_type != "sinusoidal":
-            for name in ("sinusoid_endpoint", "sinusoid_offset"):
-                if getattr(self, name):
+        belongs_to = {
+            "sinusoidal": ("sinusoid_layout", "sinusoid_endpoint", "sinusoid_offset"),
+            "relative": ("relative_num_buckets", "relative_max_distance"),
+        }
+        for kind, names in belongs_to.items():
+            for name in names:
+                if self.position_embedding_type != kind and getattr(self, name) != getattr(type(self), name):
                     raise ValueError(
-                        f"{name}={getattr(self, name)} needs position_embedding_type='sinusoidal', not "
+                        f"{name}={getattr(self, name)!r} needs position_embedding_type={kind!r}, not "
                         f"{self.position_embedding_type!r}."
                     )
-        elif self.sinusoid_endpoint and self.d_model < 4:
+        if self.sinusoid_endpoint and self.d_model < 4:
             raise ValueError(f"d_model={self.d_model} must be at least 4 for sinusoid_endpoint=True.")
         if self.init_std is not None and self.init_std <= 0:
             raise ValueError(f"init_std={self.init_std} must be positive, or None for fan_in ** -0.5.")

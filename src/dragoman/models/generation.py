@@ -51,11 +51,12 @@ class DragomanGenerationMixin(GenerationMixin):
         self._check_ids("decoder_input_ids", kwargs.get("decoder_input_ids"))
         if kwargs.get("max_new_tokens") is not None and kwargs.keys().isdisjoint({"max_length", "decoder_input_ids"}):
             # The same length, but without a warning about the one that the model's generation config holds.
-            kwargs["max_length"] = kwargs.pop("max_new_tokens") + 1
+            kwargs.update(max_length=kwargs["max_new_tokens"] + 1, max_new_tokens=None)
         if custom_generate is None:
             custom_generate, kwargs = self._own_loop(generation_config, synced_gpus, assistant_model, streamer, kwargs)
             if custom_generate is not None:
                 stopping_criteria = self._stop_strings_as_criterion(generation_config, stopping_criteria, kwargs)
+        self._check_settings(self._prepare_generation_config(generation_config, **kwargs)[0])
         return super().generate(
             inputs,
             generation_config=generation_config,
@@ -77,14 +78,43 @@ class DragomanGenerationMixin(GenerationMixin):
         vocab_size = self.config.vocab_size
         if name == "input_ids" and self.config.source_vocab_size is not None:
             vocab_size = self.config.source_vocab_size
-        if ids is None or ids.numel() == 0 or ids.is_floating_point():
+        if ids is None or ids.is_floating_point():
             return
+        if ids.ndim != 2 or ids.numel() == 0:
+            raise ValueError(
+                f"{name} have the shape {tuple(ids.shape)}: give rows of equal length with at least one token, "
+                "(rows, length)."
+            )
         lowest, highest = torch.aminmax(ids)
         if lowest < 0 or highest >= vocab_size:
             raise ValueError(
                 f"{name} hold {int(lowest if lowest < 0 else highest)}, but the vocabulary has {vocab_size} ids, from "
                 f"0 to {vocab_size - 1}: the tokenizer does not belong to this model."
             )
+
+    def _check_settings(self, config: GenerationConfig):
+        """Refuses what would fail somewhere inside the host's loop, or do nothing."""
+        if config.guidance_scale is not None and config.guidance_scale != 1:
+            raise ValueError(
+                f"guidance_scale={config.guidance_scale} needs a model that also runs without its source, which an "
+                "encoder-decoder does not: leave it out."
+            )
+        if self.config.source_vocab_size is not None and not self.config.share_embeddings:
+            for name in ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"):
+                if getattr(config, name) not in (None, 0, 1.0):
+                    raise ValueError(
+                        f"{name}={getattr(config, name)} compares source with target ids, but this model has a "
+                        "vocabulary of its own for each side: leave it out."
+                    )
+        one_or_more = ("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
+        for name in ("decoder_start_token_id", *one_or_more):
+            value = getattr(config, name)
+            for token in value if isinstance(value, list | tuple) else [value]:
+                if token is not None and not 0 <= token < self.config.vocab_size:
+                    raise ValueError(
+                        f"{name}={value} holds {token}, but the target vocabulary has the ids 0 to "
+                        f"{self.config.vocab_size - 1}."
+                    )
 
     def _own_loop(
         self, generation_config: GenerationConfig | None, synced_gpus, assistant_model, streamer, kwargs: dict
@@ -112,7 +142,8 @@ class DragomanGenerationMixin(GenerationMixin):
         settings = {name: value for name, value in kwargs.items() if name != "top_k"}
         mode = self._prepare_generation_config(generation_config, **settings)[0].get_generation_mode(assistant_model)
         if not alpha or top_k <= 1 or mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.CONTRASTIVE_SEARCH):
-            return None, kwargs
+            # What the model's own generation config says is over, or the host would look for its contrastive search.
+            return None, kwargs if alpha else {**kwargs, "penalty_alpha": 0.0}
         if not 0 < alpha <= 1:
             raise ValueError(f"penalty_alpha={alpha} must be between 0 (greedy) and 1 (only the penalty counts).")
         # Transformers hands a callable neither the streamer nor synced_gpus, so they travel inside it.
@@ -124,11 +155,13 @@ class DragomanGenerationMixin(GenerationMixin):
 
     def _stop_strings_as_criterion(self, generation_config, stopping_criteria, kwargs: dict):
         """The host builds this criterion itself, but not beside a callable."""
-        strings = kwargs.pop("stop_strings", None)
-        if strings is None and generation_config is not None:
-            strings = generation_config.stop_strings
+        strings = kwargs.get("stop_strings")
+        for config in (generation_config, self.generation_config):
+            if strings is None and config is not None:
+                strings = config.stop_strings
         if strings is None:
             return stopping_criteria
+        kwargs["stop_strings"] = None
         if kwargs.get("tokenizer") is None:
             raise ValueError("stop_strings need the tokenizer: generate(..., stop_strings=..., tokenizer=tokenizer).")
         criterion = StopStringCriteria(tokenizer=kwargs.pop("tokenizer"), stop_strings=strings)
@@ -140,9 +173,8 @@ class DragomanGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
     ):
-        shared = {
-            name: model_kwargs.pop(name) for name in ("encoder_outputs", "attention_mask") if name in model_kwargs
-        }
+        of_source = model_kwargs.keys() & {"encoder_outputs", "attention_mask", "position_ids", "segment_ids"}
+        shared = {name: model_kwargs.pop(name) for name in of_source}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
         )

@@ -26,7 +26,7 @@ class LanguageModelHead(TokenTables):
     prepare_decoder_input_ids_from_labels: Any
 
     def head_tie(self) -> dict[str, str]:
-        """The tie of the output layer, for `_tied_weights_keys`: it is the target's table where the config asks for it."""
+        """The tie of the output layer, for `_tied_weights_keys`: to the target's table where the config asks for it."""
         table = "encoder" if self.config.share_embeddings else "decoder"
         return {"lm_head.weight": f"model.{table}.embed_tokens.weight"} if self.config.tie_lm_head else {}
 

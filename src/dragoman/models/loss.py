@@ -13,7 +13,13 @@ def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_to
 
     Args:
         labels: `(B, T)`, with -100 where nothing is to be predicted; those become `pad_token_id`.
+
+    Raises:
+        ValueError: one of the two ids is None.
     """
+    for name, token in (("pad_token_id", pad_token_id), ("decoder_start_token_id", decoder_start_token_id)):
+        if token is None:
+            raise ValueError(f"labels cannot become decoder inputs, because the config has {name}=None: set it.")
     shifted = labels.new_full(labels.shape, decoder_start_token_id)
     shifted[:, 1:] = labels[:, :-1]
     return shifted.masked_fill(shifted == -100, pad_token_id)
@@ -57,6 +63,5 @@ def next_token_loss(
     )
     if num_items_in_batch is None:
         return total / (labels != -100).sum().clamp(min=1)
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    # A batch without a single label has a loss of 0, not of 0 / 0.
+    return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)

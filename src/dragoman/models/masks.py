@@ -16,9 +16,9 @@ from .positions import count_positions
 
 def encoder_self_mask(config: PreTrainedConfig, embeds, attention_mask, segment_ids):
     """Every source position sees the real source positions; in packed rows, those of its own segment."""
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return _additive(config, attention_mask, embeds.dtype)
     same = None if segment_ids is None else _same_segment(segment_ids, segment_ids)
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return _restrict(_additive(config, attention_mask, embeds.dtype), same, embeds.shape[0], embeds.shape[1])
     return create_bidirectional_mask(config, embeds, attention_mask, and_mask_function=same)
 
 
@@ -26,10 +26,10 @@ def decoder_self_mask(
     config: PreTrainedConfig, embeds, attention_mask, past_key_values: EncoderDecoderCache | None, segment_ids
 ):
     """Every target position sees itself and the real ones before it; in packed rows, those of its own segment."""
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return _additive(config, attention_mask, embeds.dtype)
-    cache = None if past_key_values is None else past_key_values.self_attention_cache
     same = None if segment_ids is None else _same_segment(segment_ids, segment_ids)
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return _restrict(_additive(config, attention_mask, embeds.dtype), same, embeds.shape[0], embeds.shape[1])
+    cache = None if past_key_values is None else past_key_values.self_attention_cache
     return create_causal_mask(config, embeds, attention_mask, cache, and_mask_function=same)
 
 
@@ -51,13 +51,6 @@ def cross_mask(
     """
     sources, length = encoder_hidden_states.shape[0], embeds.shape[1]
     folded = embeds.reshape(sources, -1, embeds.shape[-1])  # (B, g * T, D)
-    if cross_attention_mask is not None:
-        mask = _additive(config, cross_attention_mask, embeds.dtype)
-        if mask.shape[0] == sources:
-            return mask if mask.shape[2] == 1 else mask.repeat(1, 1, folded.shape[1] // length, 1)
-        return mask.unflatten(0, (sources, -1)).transpose(1, 2).flatten(2, 3)
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return _additive(config, attention_mask, embeds.dtype).amax(dim=2, keepdim=True)
 
     conditions = []
     if config.attention_direction == "unidirectional":
@@ -69,9 +62,30 @@ def cross_mask(
             raise ValueError("decoder_segment_ids are given without segment_ids: packed targets need packed sources.")
         conditions.append(_same_segment(segment_ids, encoder_segment_ids))
     allowed = None if not conditions else lambda *at: torch.stack([condition(*at) for condition in conditions]).all(0)
+
+    finished = None
+    if cross_attention_mask is not None:
+        finished = _additive(config, cross_attention_mask, embeds.dtype)
+        if finished.shape[0] != sources:
+            finished = finished.unflatten(0, (sources, -1)).transpose(1, 2).flatten(2, 3)
+        elif finished.shape[2] != 1:
+            finished = finished.repeat(1, 1, folded.shape[1] // length, 1)
+    elif attention_mask is not None and attention_mask.ndim == 4:
+        finished = _additive(config, attention_mask, embeds.dtype).amax(dim=2, keepdim=True)
+    if finished is not None:
+        return _restrict(finished, allowed, sources, folded.shape[1])
     return create_bidirectional_mask(
         config, folded, attention_mask, encoder_hidden_states=encoder_hidden_states, and_mask_function=allowed
     )
+
+
+def _restrict(mask: torch.Tensor, allowed, rows: int, queries: int) -> torch.Tensor:
+    """An additive mask (rows, 1, queries or 1, keys), closed where a condition on the indices does not hold."""
+    if allowed is None:
+        return mask
+    row, query, key = (torch.arange(size, device=mask.device) for size in (rows, queries, mask.shape[-1]))
+    open_here = allowed(row[:, None, None, None], 0, query[:, None], key)  # (rows, 1, queries, keys)
+    return torch.where(open_here, mask, torch.finfo(mask.dtype).min)
 
 
 def _same_segment(query_segments: torch.Tensor, key_segments: torch.Tensor):

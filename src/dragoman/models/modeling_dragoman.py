@@ -199,7 +199,7 @@ class DragomanPreTrainedModel(PreTrainedModel):
 class DragomanStack(DragomanPreTrainedModel):
     """Embeddings, layers and final norm: what the encoder and the decoder have in common."""
 
-    attentions = ("self_attn",)
+    attentions: tuple[str, ...] = ("self_attn",)
     _tp_plan = {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
 
     def __init__(self, config: DragomanConfig, side: str, vocab_size: int, layers: Iterable[nn.Module]):
@@ -363,6 +363,11 @@ class DragomanDecoder(DragomanStack):
             raise ValueError(
                 f"{embeds.shape[0]} target rows cannot share {encoder_hidden_states.shape[0]} sources evenly."
             )
+        if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}, but this decoder keeps source and target "
+                "apart: give an EncoderDecoderCache, or leave it out."
+            )
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -505,6 +510,14 @@ class DragomanEncoderModel(DragomanPreTrainedModel):
     def set_input_embeddings(self, value: Any):
         self.encoder.embed_tokens = value
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As the host's; where the source has a vocabulary of its own, that is the one that changes."""
+        before = self.config.vocab_size
+        table = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.source_vocab_size is not None and not self.config.share_embeddings:
+            self.config.source_vocab_size, self.config.vocab_size = table.num_embeddings, before
+        return table
+
     @can_return_tuple
     def forward(
         self,
@@ -515,6 +528,11 @@ class DragomanEncoderModel(DragomanPreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """(B, S) and its mask (B, S) -> `last_hidden_state` (B, S, D), `pooler_output` (B, D)"""
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask has {attention_mask.ndim} dimensions, but the mean over the real tokens needs a mask "
+                "of (rows, length)."
+            )
         outputs = self.encoder(
             input_ids, attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
         )

@@ -20,13 +20,13 @@ def count_positions(embeds, attention_mask=None, segment_ids=None, past_length=0
         embeds (B, T, D): gives length and device; attention_mask (B, past + T); segment_ids (B, T).
     """
     length = embeds.shape[1]
-    count = torch.arange(length, device=embeds.device)[None]
-    if segment_ids is not None:
-        starts = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)).long() * count
-        return count - starts.cummax(dim=1).values
+    count = torch.arange(length, device=embeds.device)[None] + past_length
     if attention_mask is not None and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
-    return count + past_length
+        count = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+    if segment_ids is not None:
+        begins = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
+        count = count - (begins * count).cummax(dim=1).values
+    return count
 
 
 class SinusoidalPositions(nn.Module):
