@@ -36,6 +36,19 @@ class TokenTables:
         if self._tables_are_one():
             self.get_decoder().embed_tokens = value
 
+    def save_pretrained(self, *args, **kwargs):
+        """
+        As the host's, which saves a table once that two names share: the configuration has to say that they do. PEFT
+        takes it back when it merges an adapter into a model whose output layer is not tied.
+        """
+        if (
+            self.config.share_embeddings
+            and self.get_input_embeddings().weight is self.get_decoder().embed_tokens.weight
+        ):
+            self.config.tie_word_embeddings = True
+        host: Any = super()
+        host.save_pretrained(*args, **kwargs)
+
     def _tables_are_one(self) -> bool:
         return self.config.share_embeddings and self.config.tie_word_embeddings
 
