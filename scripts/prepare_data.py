@@ -192,6 +192,11 @@ def parse_cmudict(lines: Iterable[str]) -> list[Row]:
     return rows
 
 
+def with_pronunciations(row: Row) -> Row:
+    """Add what every row of this set has: the list of its accepted pronunciations, to be scored against."""
+    return row | {"pronunciations": [row["target"], *row.get("variants", [])]}
+
+
 def build_cmudict_g2p(folder: Path) -> dict[str, list[Row]]:
     """Download the dictionary and split it by the SHA-1 of the word."""
     subprocess.run(
@@ -286,6 +291,8 @@ def main(
         else:
             with tempfile.TemporaryDirectory() as folder:
                 splits = BUILDERS[name](Path(folder))
+        if name is Name.cmudict_g2p:
+            splits = {split: [with_pronunciations(row) for row in rows] for split, rows in splits.items()}
         check_and_write(splits, output / name)
     except (ValueError, FileNotFoundError) as error:
         typer.echo(f"error: {error}", err=True)

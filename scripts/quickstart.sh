@@ -6,12 +6,17 @@ source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 install
 
 model=runs/quickstart
-dragoman train configs/quickstart.yaml training.output_dir=$model "$@" --overwrite
+for override in "$@"; do
+    if [[ $override == training.output_dir=* ]]; then
+        model=${override#*=}
+    fi
+done
+dragoman train configs/quickstart.yaml "$@" training.output_dir="$model" --overwrite
 
 echo
 echo "This small model knows one kind of text: short phrases from the menus and messages of applications. Some it has not seen:"
 echo
-dragoman generate $model --compare <<'SENTENCES'
+dragoman generate "$model" --compare <<'SENTENCES'
 Delete the selected files
 The password is not valid
 Remove this device from the list

@@ -134,6 +134,52 @@ def test_evaluate_writes_predictions_and_scores(model, tmp_path):
     assert len((tmp_path / "predictions.greedy.txt").read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--top-p", "0.9"], "`top_p`: `do_sample` is not set to `True`"),
+        (["--top-p", "3", "--do-sample"], "--top_p must be greater than 0 and at most 1, got 3"),
+        (
+            ["--nbest", "3"],
+            "num_return_sequences=3 (--nbest) needs num_beams (--num-beams) of at least 3, or do_sample",
+        ),
+        (["--forced-bos-token-id", "99999"], "forced_bos_token_id has the token id 99999, but the target vocabulary"),
+        (["--suppress-tokens", "[99999]"], "suppress_tokens has the token id 99999, but the target vocabulary has "),
+        (["--guidance-scale", "2"], "no such option: --guidance-scale; the nearest valid one is "),
+    ],
+)
+def test_generation_options_that_cannot_work_are_one_line(model, arguments, sentence):
+    result = dragoman_command("generate", model, *arguments, text="uno\n")
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_more_options_of_generate(model):
+    plain, biased, started = (
+        dragoman_command("generate", model, "--max-new-tokens", "4", *options, text="uno\n")
+        for options in ([], ["--sequence-bias", "[[[5], 99.0]]"], ["--decoder-start-token-id", "6"])
+    )
+    assert plain.exit_code == biased.exit_code == started.exit_code == 0
+    (word,) = set(biased.stdout.split())
+    assert load(model)[1].convert_tokens_to_ids(word) == 5
+    assert plain.stdout != biased.stdout
+
+
+def test_evaluate_a_name_on_the_hub(model, tmp_path, monkeypatch):
+    def snapshot_download(name, allow_patterns):
+        assert name == "org/name"
+        return model
+
+    monkeypatch.setattr(sys.modules["dragoman.inference.translate"], "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # what the first wrote must not be taken for the model
+        result = dragoman_command("evaluate", "org/name", model.parent / "test.jsonl")
+        assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "evaluation" / "org--name" / "scores.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation"]
+
+
 def test_evaluate_two_parallel_text_files(model, tmp_path):
     (tmp_path / "source.txt").write_text("uno due\ntre\n")
     (tmp_path / "target.txt").write_text("due uno\ntre\n")

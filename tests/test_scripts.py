@@ -137,6 +137,67 @@ def test_train_script_in_two_processes(tmp_path):
     assert (tmp_path / "run" / "complete.json").is_file()
 
 
+# Stands in for a Unigram, of which two processes may train different ones; says what each process goes on with.
+RANK_DEPENDENT_TOKENIZERS = """
+import hashlib, os, sys
+from dragoman.training import run
+from dragoman.training.arguments import load_experiment
+
+def build_tokenizer(pairs, **settings):
+    return original_tokenizer(pairs, **{**settings, "extra_special_tokens": [f">>{os.environ['RANK']}<<"]})
+
+def build_model(experiment, tokenizer, longest_target):
+    vocabulary = str(sorted(tokenizer.get_vocab().items()))
+    print("vocabulary", hashlib.md5(vocabulary.encode()).hexdigest(), flush=True)
+    return original_model(experiment, tokenizer, longest_target)
+
+original_tokenizer, run.build_tokenizer = run.build_tokenizer, build_tokenizer
+original_model, run.build_model = run.build_model, build_model
+run.train(load_experiment(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_tokenizer(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = tmp_path / "script.py"
+    script.write_text(RANK_DEPENDENT_TOKENIZERS)
+    path = write_experiment(tmp_path, training={"max_steps": 1}, tokenizer={"kind": "unigram", "vocab_size": 40})
+    result = run(*launch, script, path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    sums = re.findall("vocabulary ([0-9a-f]{32})", result.stdout)
+    assert len(sums) == 2
+    assert len(set(sums)) == 1
+    assert ">>0<<" in (tmp_path / "run" / "tokenizer.json").read_text()
+
+
+@pytest.mark.slow
+def test_a_mistake_in_the_tokenizer_ends_both_processes(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = write_experiment(tmp_path, tokenizer={"kind": "bpe", "vocab_size": 7})
+    result = run(*launch, ROOT / "scripts" / "train.py", path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode != 0
+    assert "tokenizer: vocab_size is 7, but a bpe tokenizer needs at least 260" in result.stderr
+
+
+@pytest.mark.parametrize("given", [[], ["training.output_dir=runs/my model", "model.d_model=64"]])
+def test_the_quickstart_translates_with_what_it_trained(checkout, given):
+    add_python(checkout, (3, 11))
+    calls = checkout / "dragoman.txt"
+    program = checkout / "bin" / "dragoman"
+    program.write_text(f'#!/bin/bash\nprintf "%s|" "$@" >> {calls}\necho >> {calls}\n')
+    program.chmod(0o755)
+    script = checkout / "repository" / "scripts" / "quickstart.sh"
+    result = run("bash", script, *given, cwd="/", env={"PATH": str(checkout / "bin")})
+    assert result.returncode == 0, result.stderr
+    folder = "runs/my model" if given else "runs/quickstart"
+    train, generate = calls.read_text().splitlines()
+    assert train.startswith("train|configs/quickstart.yaml|")
+    assert train.endswith(f"training.output_dir={folder}|--overwrite|")
+    assert [override for override in given if override not in train] == []
+    assert generate == f"generate|{folder}|--compare|"
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_everything(tmp_path):
     source = tmp_path / "source"

@@ -73,7 +73,11 @@ def test_sections_of_an_experiment():
         "target_vocab_size",
         "extra_special_tokens",
     }
-    assert own_fields(arguments.TrainingArguments, Seq2SeqTrainingArguments) == {"early_stopping_patience", "metrics", "teacher_forcing_schedule"}
+    assert own_fields(arguments.TrainingArguments, Seq2SeqTrainingArguments) == {
+        "early_stopping_patience",
+        "metrics",
+        "teacher_forcing_schedule",
+    }
 
 
 def test_generation_options():
@@ -81,16 +85,17 @@ def test_generation_options():
         "bad_words_ids",
         "begin_suppress_tokens",
         "cache_implementation",
+        "decoder_start_token_id",
         "do_sample",
         "early_stopping",
         "encoder_no_repeat_ngram_size",
         "encoder_repetition_penalty",
+        "eos_token_id",
         "epsilon_cutoff",
         "eta_cutoff",
         "exponential_decay_length_penalty",
         "forced_bos_token_id",
         "forced_eos_token_id",
-        "guidance_scale",
         "length_penalty",
         "max_length",
         "max_matching_ngram_size",
@@ -106,6 +111,7 @@ def test_generation_options():
         "remove_invalid_values",
         "renormalize_logits",
         "repetition_penalty",
+        "sequence_bias",
         "stop_strings",
         "suppress_tokens",
         "temperature",

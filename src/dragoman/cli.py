@@ -145,7 +145,11 @@ def evaluate(
         list[str] | None, typer.Option(help="bleu, chrf, ter, rouge, wer, ..., or bleu:tokenize=zh; repeat for more.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the predictions and scores.json.", show_default="MODEL/evaluation")
+        Path | None,
+        typer.Option(
+            help="Folder of the predictions and scores.json.",
+            show_default="MODEL/evaluation, or evaluation/ORG--NAME for a name on the Hub",
+        ),
     ] = None,
     references_column: Annotated[str, typer.Option(help="Column to score against.")] = "target",
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences decoded together.")] = 32,
@@ -165,7 +169,8 @@ def evaluate(
     own_options = [name for parameter in context.command.params for name in parameter.opts]
     options = parse_generation_options(context.args, own_options).given()
     disable_progress_bar()
-    folder = output or Path(model) / "evaluation"
+    is_local = (Path(model) / "config.json").is_file()
+    folder = output or (Path(model) / "evaluation" if is_local else Path("evaluation", model.replace("/", "--")))
     chosen: dict[str, Any] = {"strategies": strategy, "metrics": metric}
     report = evaluate_model(
         model,

@@ -79,13 +79,26 @@ def test_truncation_keeps_the_final_token(streaming):
             [*PAIRS, ("one two three", "uno due tre quattro tre")],
             r"pair 5 \('one two three' / 'uno due.*the target has 6 tok",
         ),
-        ([PAIRS[3], (" ", "tre")], r"pair 2 \(' ' / 'tre'\): the source is empty; set empty=\"drop\""),
+        ([PAIRS[3], (" ", "tre")], r"pair 2 \(' ' / 'tre'\): the source is empty; set empty=drop to"),
         ([PAIRS[3], ("three", "")], r"pair 2 \('three' / ''\): the target is empty"),
     ],
 )
 def test_errors_name_the_pair(pairs, message, streaming):
     with pytest.raises(ValueError, match=message):
         list(encode_pairs(dataset_of(pairs, streaming), build(), max_target_length=5)[0])
+
+
+def test_errors_advise_the_options_as_the_caller_spells_them():
+    limit = {"max_target_length": 3}
+    for prefix, advice in (
+        (None, ""),
+        ("data.", "; set data.overlong=drop or data.overlong=truncate, or raise the limit"),
+    ):
+        with pytest.raises(ValueError, match=r"tokens and max_target_length is 3") as caught:
+            encode_pairs(dataset_of([("one", "uno due tre")]), build(), option_prefix=prefix, **limit)
+        assert str(caught.value).endswith("max_target_length is 3" + advice)
+    with pytest.raises(ValueError, match=r"the source is empty; set data\.empty=drop to leave such pairs out"):
+        encode_pairs(dataset_of([(" ", "tre")]), build(), option_prefix="data.")
 
 
 def test_drops_that_come_late_in_the_data():

@@ -150,7 +150,28 @@ def test_built_sets_are_checked_and_copied(tmp_path, run):
         assert "train.jsonl.gz: 2 pairs" in result.output
     files = [tmp_path / output / "cmudict_g2p" / "train.jsonl.gz" for output in ("first", "second")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert next(iter(read_pairs(files[0]))) == {"source": "a b", "target": "x", "word": "a b"}
+    assert next(iter(read_pairs(files[0]))) == {
+        "source": "a b",
+        "target": "x",
+        "word": "a b",
+        "pronunciations": ["x"],
+    }
+
+
+def test_every_row_has_its_accepted_pronunciations(tmp_path, run):
+    write_splits(tmp_path / "built", train=["a b"], validation=["d"], test=["e f g", "h"])
+    with (tmp_path / "built" / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"source": "i", "target": "y", "word": "i", "variants": ["z", "v"]}) + "\n")
+    result = run("cmudict_g2p", "--from", tmp_path / "built", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = read_pairs(tmp_path / "cmudict_g2p" / "test.jsonl.gz")
+    assert rows["pronunciations"][:] == [["x"], ["x"], ["y", "z", "v"]]
+    assert rows["variants"][:] == [None, None, ["z", "v"]]
+    (train,) = read_pairs(tmp_path / "cmudict_g2p" / "train.jsonl.gz")
+    assert train["pronunciations"] == ["x"]
+    # ... and a copy of the copy is the same
+    run("cmudict_g2p", "--from", tmp_path / "cmudict_g2p", "--output", tmp_path / "again")
+    assert list(read_pairs(tmp_path / "again" / "cmudict_g2p" / "test.jsonl.gz")) == list(rows)
 
 
 def test_faulty_sets_are_refused(tmp_path, run):

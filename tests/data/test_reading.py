@@ -61,6 +61,19 @@ def test_tsv_with_a_heading_keeps_its_columns(tmp_path):
     assert list(read_pairs(path)) == [{"source": "one", "target": "uno", "lang": "it"}]
 
 
+@pytest.mark.parametrize(
+    ("first", "warned"),
+    [("src\ttgt", True), ("en\tit", True), ("source_text\tTarget_text", True), ("the source\tla fonte", False)],
+)
+def test_a_heading_with_other_names_is_remarked_upon(tmp_path, caplog, first, warned):
+    path = tmp_path / "p.tsv"
+    path.write_text(f"{first}\nen\tit\n")
+    assert pairs_of(read_pairs(path)) == [tuple(first.split("\t")), ("en", "it")]
+    source, target = first.split("\t")
+    sentence = f"{path}:1: {source!r} and {target!r} are read as a pair; if they are a heading, give source_column and "
+    assert [record.getMessage() for record in caplog.records] == [sentence + "target_column"] * warned
+
+
 def test_a_file_changed_between_two_reads_is_read_anew(tmp_path):
     path = tmp_path / "p.tsv"
     path.write_text("one\tuno\n")

@@ -144,6 +144,7 @@ def test_line_breaks_in_a_prediction_stay_in_the_json(folder, tmp_path, monkeypa
         ({"strategies": ["beam", "beam"]}, "strategies ['beam', 'beam']: name at least one, and each once."),
         ({"strategies": []}, "strategies []: name at least one, and each once."),
         ({"lenght_penalty": 2.0}, "there is no generation argument 'lenght_penalty': did you mean 'length_penalty'?"),
+        ({"metrics": ["bleu:tokenize=xx"]}, "tokenize='xx' is no tokenizer of sacreBLEU: use "),
         ({"references_column": "variants"}, "a dataset in memory has no column 'variants': it has source, target."),
     ],
 )

@@ -1,5 +1,6 @@
 """Sentences to sentences: order, n-best, scores, streams, loading, and what is refused."""
 
+import fnmatch
 import functools
 import itertools
 import math
@@ -103,6 +104,58 @@ def test_nbest_has_the_scores_and_the_order_of_beam_search(tiny, length_penalty)
         assert [hypothesis.score for hypothesis in found] == sorted((h.score for h in found), reverse=True)
 
 
+def stock_scores(model, tokenizer, **arguments):
+    batch = tokenizer(SOURCES, padding=True, return_tensors="pt")
+    return model.generate(**batch, return_dict_in_generate=True, output_scores=True, **arguments).sequences_scores
+
+
+class TestWhereTheDecoderBegins:
+    """Scores start from what generate() started from, which may be another token than in training."""
+
+    BEAMS = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 7}
+
+    @pytest.mark.parametrize("where", ["call", "generation_config", "bos"])
+    def test_another_start(self, where):
+        model, tokenizer = learned_by_heart()
+        arguments = dict(self.BEAMS)
+        before = translate(model, tokenizer, SOURCES, **arguments)
+        if where == "call":
+            arguments["decoder_start_token_id"] = 7
+        elif where == "generation_config":
+            model.generation_config.decoder_start_token_id = 7
+        else:
+            model.generation_config.decoder_start_token_id, model.generation_config.bos_token_id = None, 7
+        outputs = translate(model, tokenizer, SOURCES, **arguments)
+        hypotheses = list(itertools.chain(*outputs))
+        assert {hypothesis.start_id for hypothesis in hypotheses} == {7}
+        expected = stock_scores(model, tokenizer, **arguments).tolist()
+        assert [hypothesis.score for hypothesis in hypotheses] == pytest.approx(expected, abs=1e-4)
+        assert expected != pytest.approx([h.score for h in itertools.chain(*before)], abs=1e-2)
+
+    def test_labels_that_are_rotated(self):
+        """mBART trains from the last label, a language code, which at decoding comes from the generation config."""
+        model, tokenizer = learned_by_heart(rotate_labels=True)
+        model.generation_config.decoder_start_token_id = 5
+        outputs = translate(model, tokenizer, SOURCES, **self.BEAMS)
+        expected = stock_scores(model, tokenizer, **self.BEAMS).tolist()
+        assert [hypothesis.score for hypothesis in itertools.chain(*outputs)] == pytest.approx(expected, abs=1e-4)
+
+    def test_a_forced_first_token_counts_as_the_model_has_it(self):
+        model, tokenizer = learned_by_heart()
+        outputs = translate(model, tokenizer, SOURCES, forced_bos_token_id=6, max_new_tokens=5)
+        for source, (best,) in zip(SOURCES, outputs, strict=True):
+            assert best.token_ids[0] == 6
+            total = log_probability_step_by_step(model, tokenizer(source).input_ids, best.token_ids)
+            assert best.log_probability == pytest.approx(total, abs=1e-4)
+
+
+def test_without_an_end_token_outputs_have_the_full_length():
+    model, tokenizer = learned_by_heart()
+    model.generation_config.eos_token_id = None
+    outputs = translate(model, tokenizer, SOURCES[:3], max_new_tokens=9)
+    assert [len(best.token_ids) for (best,) in outputs] == [9, 9, 9]
+
+
 def test_large_vocabularies_are_scored_in_parts(tiny, monkeypatch):
     arguments = {"num_beams": 2, "num_return_sequences": 2}
     at_once = translate(*tiny, SOURCES, **arguments)
@@ -141,6 +194,14 @@ def test_stop_strings(strategy):
         ((best,),) = translate(model, tokenizer, [SOURCES[4]], stop_strings=stop, **arguments)
         assert best.text == text
         assert len(best.token_ids) == len(text) + (stop is None)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beam", "contrastive"])
+def test_stop_strings_of_the_model(strategy):
+    model, tokenizer = learned_by_heart(kind="char")
+    model.generation_config.max_length, model.generation_config.stop_strings = 40, ["rossa"]
+    ((best,),) = translate(model, tokenizer, [SOURCES[4]], **strategy_arguments(strategy))
+    assert best.text == "una casa rossa"
 
 
 def test_dropout_is_off_and_the_mode_is_left_as_it_was():
@@ -305,9 +366,55 @@ class TestRefused:
         ):
             translate(model, larger, ["", "word8 word77"])
 
-    def test_several_outputs_need_beams_or_sampling(self, tiny):
-        with pytest.raises(ValueError, match="num_return_sequences"):
-            translate(*tiny, SOURCES[:1], num_return_sequences=2)
+    @pytest.mark.parametrize("arguments", [{}, {"num_beams": 2}, {"num_beams": 2, "do_sample": True}])
+    def test_several_outputs_need_beams_or_sampling(self, tiny, arguments):
+        with pytest.raises(ValueError) as caught:
+            translate(*tiny, SOURCES[:1], num_return_sequences=3, **arguments)
+        assert str(caught.value) == (
+            "num_return_sequences=3 (--nbest) needs num_beams (--num-beams) of at least 3, or do_sample (--do-sample) "
+            f"without beams; num_beams is {arguments.get('num_beams', 1)}."
+        )
+
+    @pytest.mark.parametrize(
+        ("arguments", "token_id"),
+        [
+            ({"forced_bos_token_id": 99999}, 99999),
+            ({"forced_eos_token_id": [2, 98]}, 98),
+            ({"suppress_tokens": [5, -1]}, -1),
+            ({"bad_words_ids": [[5], [6, 97]]}, 97),
+            ({"sequence_bias": [[[5, 96], -2]]}, 96),
+            ({"sequence_bias": {(5, 95): -2.0}}, 95),
+            ({"decoder_start_token_id": 94}, 94),
+        ],
+    )
+    def test_ids_outside_the_vocabulary(self, tiny, arguments, token_id):
+        ((name, _),) = arguments.items()
+        with pytest.raises(ValueError) as caught:
+            translate(*tiny, SOURCES[:1], **arguments)
+        assert str(caught.value) == (
+            f"{name} has the token id {token_id}, but the target vocabulary has the ids 0 to "
+            f"{tiny[0].config.vocab_size - 1}"
+        )
+
+    def test_a_sequence_bias_without_a_bias(self, tiny):
+        with pytest.raises(ValueError, match=r"sequence_bias must be a list of pairs such as \[\[5, 6\], -2.0\], got"):
+            translate(*tiny, SOURCES[:1], sequence_bias=[[5, 6, 7]])
+
+    def test_arguments_without_effect(self, tiny):
+        model, tokenizer = tiny
+        for arguments in ({"top_p": 0.9}, {"top_k": 4}, {"early_stopping": True}, {"num_beams": 2, "temperature": 0.7}):
+            with pytest.raises(ValueError, match=f"`{list(arguments)[-1]}`: .* this flag is only used in "):
+                translate(model, tokenizer, SOURCES[:1], **arguments)
+        translate(model, tokenizer, SOURCES[:1], top_k=3, penalty_alpha=0.5)
+
+    def test_the_mode_saved_with_the_model_counts(self):
+        model, tokenizer = learned_by_heart()
+        model.generation_config.num_beams = 3
+        assert texts(translate(model, tokenizer, SOURCES[:2], length_penalty=0.5)) == [[text] for text in TARGETS[:2]]
+        model.generation_config.num_beams, model.generation_config.do_sample = 1, True
+        translate(model, tokenizer, SOURCES[:1], top_p=0.9)
+        model.generation_config.do_sample, model.generation_config.penalty_alpha = False, 0.6
+        translate(model, tokenizer, SOURCES[:1], top_k=3)
 
 
 def test_a_stock_model_works_too():
@@ -377,6 +484,33 @@ class TestLoad:
         assert str(caught.value).startswith(
             f"{name!r} is no folder here and no model that the Hub or the local cache gives"
         )
+
+    def test_a_folder_without_a_model_does_not_hide_a_name_on_the_hub(self, tmp_path, monkeypatch):
+        model, tokenizer = learned_by_heart()
+        model.save_pretrained(tmp_path / "cache")
+        tokenizer.save_pretrained(tmp_path / "cache")
+        asked = {}
+
+        def snapshot_download(name, allow_patterns):
+            asked[name] = allow_patterns
+            return tmp_path / "cache"
+
+        monkeypatch.setattr(sys.modules["dragoman.inference.translate"], "snapshot_download", snapshot_download)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "org" / "name" / "evaluation").mkdir(parents=True)
+        assert load("org/name", device="cpu")[0].config.d_model == 32
+        assert list(asked) == ["org/name"]
+        wanted = ["model.safetensors", "target_tokenizer/tokenizer.json", "source.spm", "bpe.codes.bpe", "spiece.model"]
+        for file in wanted:
+            assert any(fnmatch.fnmatch(file, pattern) for pattern in asked["org/name"]), file
+        assert not any(fnmatch.fnmatch("modeling.py", pattern) for pattern in asked["org/name"])
+
+    def test_a_folder_without_a_model_that_is_no_name_either(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(FileNotFoundError, match=r"empty holds no model \(config.json is missing\)"):
+            load("empty")
 
     def test_no_encoder_decoder(self, tmp_path):
         GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=9)).save_pretrained(

@@ -228,7 +228,10 @@ def test_dropped_pairs_are_counted(tmp_path, capsys):
 def test_overlong_pairs_are_an_error_by_default(tmp_path):
     write_experiment(tmp_path)
     data = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
-    with pytest.raises(ValueError, match=r"data\.train: pair 4 .* the source has 5 tokens and max_source_length is 4"):
+    sentence = (
+        r"data\.train: pair 4 .* 5 tokens and max_source_length is 4; set data\.overlong=drop or data\.overlong=tr"
+    )
+    with pytest.raises(ValueError, match=sentence):
         train_tiny(tmp_path, data={**data, "max_source_length": 4})
 
 
@@ -238,6 +241,29 @@ def test_an_unknown_metric_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="metric_for_best_model must be one of loss, bleu, got 'chrf'"):
         train_tiny(tmp_path, training={"metrics": ["bleu"]})
     assert not (tmp_path / "run").exists()
+
+
+def test_ids_of_the_generation_section_are_those_of_the_tokenizer(tmp_path):
+    with pytest.raises(ValueError) as caught:
+        train_tiny(tmp_path, "generation.suppress_tokens=[5, 11]")
+    assert str(caught.value) == (
+        "generation.suppress_tokens has the token id 11, but the target vocabulary has the ids 0 to 10"
+    )
+
+
+def test_long_outputs_are_not_cut(tmp_path):
+    """Transformers' own default ends every output after 20 tokens."""
+    rows = [{"source": word, "target": " ".join([word] * 33)} for word in ("uno", "due", "tre")]
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = train_tiny(
+        tmp_path,
+        data={"train": str(path), "validation": str(path), "test": str(path)},
+        training={"max_steps": 20, "eval_steps": 10, "save_steps": 10},
+    )
+    tokenizer, model = load_tokenizer(output), AutoModelForSeq2SeqLM.from_pretrained(output)
+    (ids,) = model.generate(**tokenizer("due", return_tensors="pt"))
+    assert len(ids) - 1 > 30
 
 
 def test_a_mistake_leaves_the_output_folder_free(tmp_path):

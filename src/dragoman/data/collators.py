@@ -60,6 +60,7 @@ def encode_pairs(
     overlong: str = "error",
     empty: str = "error",
     num_proc: int | None = None,
+    option_prefix: str | None = "",
 ) -> tuple[Pairs, DropReport]:
     """Turn text pairs into token ids.
 
@@ -71,6 +72,8 @@ def encode_pairs(
             final token).
         empty: what to do with a pair of which a side has nothing but white space: `"error"` or `"drop"`.
         num_proc: processes; for map-style data only.
+        option_prefix: what errors write before the options they advise, such as "data." for those of a file; None
+            where the options are not the reader's to choose.
 
     Returns:
         The encoded data with the columns `input_ids` and `labels` (lists of ids that end with `</s>`) and `length`
@@ -90,7 +93,7 @@ def encode_pairs(
             raise ValueError(f"{name} is {limit}; it must be at least 2, one token and the end of the sequence")
     for tokenizer in source_and_target_tokenizer(processing_class):
         _require_final_eos(tokenizer)
-    encoder = _Encoder(processing_class, max_source_length, max_target_length, overlong, empty)
+    encoder = _Encoder(processing_class, max_source_length, max_target_length, overlong, empty, option_prefix)
     report = DropReport()
     if isinstance(dataset, IterableDataset):
         if num_proc is not None:
@@ -149,6 +152,7 @@ class _Encoder:
     max_target_length: int | None
     overlong: str
     empty: str
+    option_prefix: str | None
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Encode; `dropped` is the reason to drop a row, `truncated` names the sides cut, or they are empty."""
@@ -172,13 +176,15 @@ class _Encoder:
                 where = f"pair {index + 1} ({source[:40]!r} / {target[:40]!r})"
                 if not text.strip():
                     if self.empty == "error":
-                        raise ValueError(f'{where}: the {side} is empty; set empty="drop" to leave such pairs out')
+                        raise ValueError(
+                            f"{where}: the {side} is empty" + self._advice("set {}empty=drop to leave such pairs out")
+                        )
                     dropped = dropped or f"with an empty {side}"
                 elif limit is not None and len(ids) > limit:
                     if self.overlong == "error":
                         raise ValueError(
-                            f"{where}: the {side} has {len(ids)} tokens and max_{side}_length is {limit}; "
-                            'set overlong to "drop" or "truncate", or raise the limit'
+                            f"{where}: the {side} has {len(ids)} tokens and max_{side}_length is {limit}"
+                            + self._advice("set {}overlong=drop or {}overlong=truncate, or raise the limit")
                         )
                     if self.overlong == "drop":
                         dropped = dropped or f"with a {side} longer than {limit} tokens"
@@ -192,6 +198,11 @@ class _Encoder:
             outcome["dropped"].append(dropped)
             outcome["truncated"].append(" and ".join(cut))
         return outcome
+
+    def _advice(self, sentence: str) -> str:
+        if self.option_prefix is None:
+            return ""
+        return "; " + sentence.replace("{}", self.option_prefix)
 
 
 class Seq2SeqCollator(DataCollatorForSeq2Seq):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,8 +22,16 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, Value, load_from_disk
 
 
+logger = logging.getLogger(__name__)
+
 EMBEDDED_DIR = Path(__file__).parent / "embedded"
 EMBEDDED_PREFIX = "embedded:"
+# Of two such cells a first line may be a heading; the pair is kept, with a warning.
+HEADING = re.compile(
+    r"(src|tgt|trg|source|target|text|input|output)(_(text|sentence|lang))?"
+    r"|ar|cs|de|el|en|es|fi|fr|hi|it|ja|ko|nl|pl|pt|ro|ru|sv|tr|uk|zh|english|french|german|italian|spanish",
+    flags=re.IGNORECASE,
+)
 
 Pairs: TypeAlias = Dataset | IterableDataset
 PairSpec: TypeAlias = "str | Path | Sequence[str | Path] | Pairs"
@@ -36,7 +46,8 @@ def read_pairs(
         spec: one of
             - a path that ends in `.jsonl` or `.jsonl.gz`: one JSON object a line;
             - a path that ends in `.tsv` or `.tsv.gz`: two columns without a heading, or any number of columns below a
-              first line that names them (it must hold both column names); no quoting, no escapes;
+              first line that names them (it must hold both column names; one that seems to name others is remarked
+              upon); no quoting, no escapes;
             - two paths `[source, target]` of parallel text files, plain or `.gz`, one sentence a line;
             - `"embedded:NAME/SPLIT"`: data that ships in the package, for example `"embedded:tiny_en_it/train"`;
             - a folder written by `Dataset.save_to_disk` (of a `DatasetDict`: the folder of one split);
@@ -153,6 +164,12 @@ def _tsv_rows(path: Path, columns: tuple[str, str]) -> Iterator[dict[str, Any]]:
             if number == 1 and set(columns) <= set(cells):
                 names = cells
                 continue
+            if number == 1 and len(cells) == 2 and all(map(HEADING.fullmatch, cells)):
+                logger.warning(
+                    "%s:1: %r and %r are read as a pair; if they are a heading, give source_column and target_column",
+                    path,
+                    *cells,
+                )
             if len(cells) != len(names):
                 raise ValueError(
                     f"{path}:{number}: {len(cells)} tab-separated column{'s' * (len(cells) != 1)} "

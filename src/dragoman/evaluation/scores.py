@@ -4,7 +4,7 @@ import atexit
 import importlib
 import inspect
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,19 +13,19 @@ import numpy as np
 from transformers import EvalPrediction, PreTrainedTokenizerBase, ProcessorMixin
 
 from dragoman.inference.strategies import parse_spec
-from dragoman.settings import did_you_mean
+from dragoman.settings import did_you_mean, one_line
 
 
-# Every metric module by its file name, with the figures that stand for it in tables and logs.
+# Every metric module by its file name, with the figures that stand for it in tables and logs: is more of it better?
 METRICS = {
-    "bleu": ("bleu",),
-    "chrf": ("chrf",),
-    "ter": ("ter",),
-    "rouge": ("rouge1", "rouge2", "rougeL"),
-    "exact_match": ("exact_match",),
-    "wer": ("wer", "sequence_error_rate"),
-    "cer": ("cer",),
-    "diversity": ("distinct_2", "rep_2", "diversity"),
+    "bleu": {"bleu": True},
+    "chrf": {"chrf": True},
+    "ter": {"ter": False},
+    "rouge": {"rouge1": True, "rouge2": True, "rougeL": True},
+    "exact_match": {"exact_match": True},
+    "wer": {"wer": False, "sequence_error_rate": False},
+    "cer": {"cer": False},
+    "diversity": {"distinct_2": True, "rep_2": False, "diversity": True},
 }
 
 
@@ -53,12 +53,21 @@ def load_metric(name: str) -> evaluate.Metric:
     return metric_class(keep_in_memory=True, cache_dir=_cache_dir())
 
 
-def check_metrics(specs: Sequence[str]) -> dict[str, tuple[str, evaluate.Metric, dict[str, Any]]]:
-    """Metrics by label (the name, or the whole text where a name comes twice), each with its name and options.
+def check_metrics(specs: Sequence[str]) -> dict[str, bool]:
+    """The figures that these metrics give, as `headline` names them; True where more is better.
 
     Raises:
-        ValueError: an unknown metric, or an option that it does not have.
+        ValueError: an unknown metric, option or value: one row is scored to find out.
     """
+    try:
+        scores = compute_scores(["a"], ["a"], specs)
+    except TypeError as error:
+        raise ValueError(f"metrics {', '.join(specs)}: a value is of the wrong type: {one_line(error)}") from error
+    return {figure: METRICS[name][key] for figure, name, _, key in _figures(scores)}
+
+
+def _parse_metrics(specs: Sequence[str]) -> dict[str, tuple[evaluate.Metric, dict[str, Any]]]:
+    """Metrics by label (the name, or the whole text where a name comes twice), each with its options."""
     parsed = [(spec, *parse_spec(spec)) for spec in specs]
     names = [name for _, name, _ in parsed]
     metrics = {}
@@ -70,7 +79,7 @@ def check_metrics(specs: Sequence[str]) -> dict[str, tuple[str, evaluate.Metric,
             if key not in valid:
                 known = did_you_mean(key, valid) if valid else "it takes none."
                 raise ValueError(f"metric {name!r} has no option {key!r}: {known}")
-        metrics[name if names.count(name) == 1 else spec] = (name, metric, options)
+        metrics[name if names.count(name) == 1 else spec] = (metric, options)
     return metrics
 
 
@@ -92,7 +101,7 @@ def compute_scores(
     """
     return {
         label: metric.compute(predictions=list(predictions), references=list(references), **options)
-        for label, (_, metric, options) in check_metrics(metrics).items()
+        for label, (metric, options) in _parse_metrics(metrics).items()
     }
 
 
@@ -101,13 +110,16 @@ def headline(scores: dict[str, dict[str, Any]]) -> dict[str, float]:
 
     A metric given twice with different options keeps its whole text as a prefix: `"bleu:tokenize=zh"`.
     """
-    figures = {}
+    return {figure: scores[label][key] for figure, _, label, key in _figures(scores)}
+
+
+def _figures(scores: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
+    """Each figure of `headline`, with its metric's name and label and its key in that metric's result."""
     for label, result in scores.items():
         name = parse_spec(label)[0]
         for key in METRICS[name]:
             if key in result:  # rouge and diversity give what their options ask for
-                figures[key if label == name else label if key == name else f"{label}/{key}"] = result[key]
-    return figures
+                yield key if label == name else label if key == name else f"{label}/{key}", name, label, key
 
 
 def build_compute_metrics(
@@ -118,7 +130,7 @@ def build_compute_metrics(
     Args:
         processing_class: the tokenizer, or a processor with a `target_tokenizer`; it decodes both sides without special
             tokens.
-        metrics: as in `compute_scores`; unknown ones are refused here, before training.
+        metrics: as in `compute_scores`; mistakes in them are found here, before training.
 
     Returns:
         a function from predictions and labels (B, T), both padded with -100 or the pad id, to the headline figures and

@@ -1,10 +1,12 @@
 """The arguments of `generate()` as a file, an option or a strategy may write them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
-from dragoman.settings import nearest, parse_yaml, typed
+from transformers import GenerationConfig
+
+from dragoman.settings import nearest, one_line, parse_yaml, typed
 
 
 @dataclass(kw_only=True)
@@ -39,12 +41,14 @@ class GenerationArguments:
     bad_words_ids: list[list[int]] | None = None
     suppress_tokens: list[int] | None = None
     begin_suppress_tokens: list[int] | None = None
+    sequence_bias: list[list[Any]] | None = None  # [[[5, 6], -2.0], ...]: added to the logit of what ends in 5 6
+    decoder_start_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | list[int] | None = None
     exponential_decay_length_penalty: list[float] | None = None
     renormalize_logits: bool | None = None
     remove_invalid_values: bool | None = None
-    guidance_scale: float | None = None
     prompt_lookup_num_tokens: int | None = None
     max_matching_ngram_size: int | None = None
 
@@ -91,10 +95,91 @@ def _option_pairs(options: list[str]) -> Iterator[tuple[str, str]]:
         yield option, text
 
 
+_POSITIVE = (
+    "num_beams",
+    "max_length",
+    "max_new_tokens",
+    "max_time",
+    "temperature",
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
+)
+_NOT_NEGATIVE = ("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
+_RANGES: list[tuple[tuple[str, ...], str, Callable[[float], bool]]] = [
+    (_POSITIVE, "greater than 0", lambda value: value > 0),
+    (_NOT_NEGATIVE, "at least 0", lambda value: value >= 0),
+    (("top_p", "typical_p", "top_h", "penalty_alpha"), "greater than 0 and at most 1", lambda value: 0 < value <= 1),
+    (("min_p",), "at least 0 and at most 1", lambda value: 0 <= value <= 1),
+    (("epsilon_cutoff", "eta_cutoff"), "at least 0 and less than 1", lambda value: 0 <= value < 1),
+]
+
+
 def check_generation(arguments: GenerationArguments, where: str) -> None:
-    for name in ("num_beams", "max_length", "max_new_tokens", "penalty_alpha", "temperature"):
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{where}{name} must be greater than 0, got {value}")
+    """Raise a ValueError for a value out of its range; `where` stands before the names."""
+    for names, allowed, holds in _RANGES:
+        for name in names:
+            value = getattr(arguments, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{where}{name} must be {allowed}, got {value}")
     if arguments.max_length is not None and arguments.max_new_tokens is not None:
         raise ValueError(f"{where}max_length and max_new_tokens exclude each other; give one of them")
+
+
+def check_combination(given: Mapping[str, Any], defaults: GenerationConfig | None = None) -> None:
+    """Raise a ValueError for what `generate()` would ignore beside the other arguments, such as top_p without sampling.
+
+    Args:
+        given: arguments of `generate()`; others than those of a generation config are passed over.
+        defaults: the model's own settings, which tell the mode where the arguments leave it open.
+    """
+    config = GenerationConfig()
+    if defaults is not None:
+        mode = {"do_sample": defaults.do_sample, "num_beams": defaults.num_beams, "use_cache": defaults.use_cache}
+        vars(config).update(mode)
+    # As keywords or by update() they would be warned about first.
+    vars(config).update({name: value for name, value in given.items() if name in vars(config) and value is not None})
+    if defaults is not None and (config.penalty_alpha or defaults.penalty_alpha):
+        config.top_k = None  # which contrastive search has without sampling
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise ValueError(one_line(error)) from error
+
+
+# Whose values are ids of the target vocabulary.
+_ID_ARGUMENTS = (
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "decoder_start_token_id",
+    "eos_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
+
+
+def check_token_ids(given: Mapping[str, Any], vocab_size: int, where: str = "") -> None:
+    """Raise a ValueError for a token id outside the target vocabulary; `where` stands before the name."""
+    for name in _ID_ARGUMENTS:
+        value = given.get(name)
+        if name == "sequence_bias" and isinstance(value, list):
+            if not all(isinstance(entry, list) and len(entry) == 2 for entry in value):
+                raise ValueError(f"{where}{name} must be a list of pairs such as [[5, 6], -2.0], got {value!r}")
+            value = [ids for ids, _ in value]
+        for token_id in _flat(value):
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"{where}{name} has the token id {token_id}, but the target vocabulary has the ids 0 to "
+                    f"{vocab_size - 1}"
+                )
+
+
+def _flat(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif value is not None:
+        for part in value:
+            yield from _flat(part)

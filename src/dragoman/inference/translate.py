@@ -1,7 +1,7 @@
 """Sentences to sentences: load a trained model, decode in batches of similar length, give the results in order."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -16,12 +16,15 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, Ge
 
 from dragoman.data.batching import map_in_batches
 from dragoman.data.tokenizers import ProcessingClass, load_tokenizer, source_and_target_tokenizer
+from dragoman.inference.arguments import check_combination, check_token_ids
 from dragoman.inference.strategies import STRATEGIES, strategy_arguments
 from dragoman.settings import did_you_mean
 
 
 # Rows of a batch that are scored at once times target length times vocabulary: 256 MB of logits in single precision.
 _LOGITS_AT_ONCE = 2**26
+# Of a model on the Hub: configurations, weights and the files of every kind of tokenizer, but no code.
+_MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.bpe"]
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Hypothesis:
     Attributes:
         text: the output without special tokens; "" for an empty input.
         token_ids: the generated ids without the start token, up to and with `</s>`; [] for an empty input.
+        start_id: the start token, with which the decoder began; None for an empty input.
         score: what beam search ranks by, for every strategy: `log_probability / length ** length_penalty`, length being
             the number of `token_ids`. With the usual length penalty 1 it is the mean log-probability of a token. None
             where scores were not asked for; 0.0 for an empty input.
@@ -40,6 +44,7 @@ class Hypothesis:
 
     text: str
     token_ids: list[int]
+    start_id: int | None = None
     score: float | None = None
     log_probability: float | None = None
 
@@ -87,17 +92,19 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def _folder(model: str | Path) -> Path:
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder, name = Path(model).expanduser(), str(model)
+    is_path = isinstance(model, Path) or name.count("/") > 1 or name.startswith((".", "/", "~"))
+    if (folder / "config.json").is_file() or (folder.is_dir() and is_path):
         return folder
-    if folder.exists():
+    if folder.is_file():
         raise FileNotFoundError(f"{folder} is a file: give the folder of a saved model.")
-    name = str(model)
-    if isinstance(model, Path) or name.count("/") > 1 or name.startswith((".", "/", "~")):
+    if is_path:
         raise FileNotFoundError(f"{folder} does not exist: give the folder of a saved model, or its name on the Hub.")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
     except (OSError, ValueError) as error:
+        if folder.is_dir():
+            return folder  # not a name but a folder that holds no model; the caller says what it lacks
         raise FileNotFoundError(
             f"{name!r} is no folder here and no model that the Hub or the local cache gives ({type(error).__name__})."
         ) from error
@@ -168,15 +175,16 @@ def translate_stream(
     The other arguments, what is yielded and what is raised are those of `translate`; arguments are checked at once, the
     sentences as they come.
     """
-    check_generation_arguments(model, generation_arguments)
+    check_generation_arguments(model, generation_arguments, num_return_sequences)
     source_tokenizer, target_tokenizer = source_and_target_tokenizer(processing_class)
     # generate() lets max_new_tokens win over max_length wherever the two come from; here the call's own one wins.
     if "max_new_tokens" in generation_arguments:
         generation_arguments.setdefault("max_length", None)
     elif "max_length" in generation_arguments:
         generation_arguments["max_new_tokens"] = None
-    if generation_arguments.get("stop_strings") is not None:
-        generation_arguments.setdefault("tokenizer", target_tokenizer)
+    stop_strings = generation_arguments.get("stop_strings") or model.generation_config.stop_strings
+    if stop_strings:
+        generation_arguments = {"tokenizer": target_tokenizer, **generation_arguments, "stop_strings": stop_strings}
     bar = Progress(
         TextColumn("translating"),
         BarColumn(),
@@ -219,7 +227,7 @@ def score(
 
     Args:
         model, processing_class, sentences: what the outputs come from.
-        outputs: hypotheses of each sentence; only their `token_ids` are read.
+        outputs: hypotheses of each sentence; only their `start_id` and `token_ids` are read.
         batch_size: sentences scored together.
         length_penalty: as in `generate`; None takes the model's.
     """
@@ -267,8 +275,15 @@ def compare_strategies(
     return outputs
 
 
-def check_generation_arguments(model: PreTrainedModel, arguments: Iterable[str]) -> None:
-    """Raise a ValueError, with the nearest valid name, for an argument that `translate` cannot pass to `generate`."""
+def check_generation_arguments(
+    model: PreTrainedModel, arguments: Mapping[str, Any], num_return_sequences: int = 1
+) -> None:
+    """Refuse what `generate` cannot do with this model, or would ignore.
+
+    Raises:
+        ValueError: an unknown argument (with the nearest valid one), an id outside the vocabulary, an argument without
+            effect in this mode of decoding, or more outputs than the mode has.
+    """
     valid = {name for name in GenerationConfig().to_dict() if not name.startswith(("_", "output_"))}
     valid |= inspect.signature(GenerationMixin.generate).parameters.keys() | {"tokenizer", "assistant_tokenizer"}
     # What is set here, once for all, and outputs that would be thrown away.
@@ -277,6 +292,16 @@ def check_generation_arguments(model: PreTrainedModel, arguments: Iterable[str])
     for name in arguments:
         if name not in valid:
             raise ValueError(f"there is no generation argument {name!r}: {did_you_mean(name, sorted(valid))}")
+    check_token_ids(arguments, model.config.vocab_size)
+    defaults = model.generation_config
+    check_combination(arguments, defaults)
+    given = {name: value for name, value in arguments.items() if value is not None}
+    beams, sampling = given.get("num_beams", defaults.num_beams) or 1, given.get("do_sample", defaults.do_sample)
+    if num_return_sequences > 1 and (beams < num_return_sequences if beams > 1 else not sampling):
+        raise ValueError(
+            f"num_return_sequences={num_return_sequences} (--nbest) needs num_beams (--num-beams) of at least "
+            f"{num_return_sequences}, or do_sample (--do-sample) without beams; num_beams is {beams}."
+        )
 
 
 def _encode(model: Any, tokenizer, sentences: Iterable[str], window: int) -> Iterator[list[int]]:
@@ -330,19 +355,22 @@ def _decode_batch(
     settings = model.generation_config.to_dict()
     settings |= {name: value for name, value in generation_arguments.items() if value is not None}
     lengths = _lengths(sequences[:, 1:], settings["eos_token_id"], settings["pad_token_id"])
+    start_ids = sequences[:, 0].tolist()
     rows = [row[1 : 1 + length] for row, length in zip(sequences.tolist(), lengths.tolist(), strict=True)]
     texts = target_tokenizer.batch_decode(rows, skip_special_tokens=True)
-    hypotheses = [Hypothesis(text, ids) for text, ids in zip(texts, rows, strict=True)]
+    hypotheses = [Hypothesis(*parts) for parts in zip(texts, rows, start_ids, strict=True)]
     return [
         hypotheses[start : start + num_return_sequences] for start in range(0, len(hypotheses), num_return_sequences)
     ]
 
 
-def _lengths(generated: torch.Tensor, eos: int | list[int], pad: int) -> torch.Tensor:
+def _lengths(generated: torch.Tensor, eos: int | list[int] | None, pad: int | None) -> torch.Tensor:
     """Generated ids (B, T) -> (B,): how many count, up to and with the first `</s>`, or without padding at the end."""
+    if eos is None:  # then nothing ends before the others, and nothing is padded
+        return torch.full((len(generated),), generated.shape[1])
     ends = torch.isin(generated, torch.tensor(eos, device=generated.device))
     positions = torch.arange(1, generated.shape[1] + 1, device=generated.device)
-    unpadded = ((generated != pad) * positions).amax(dim=1)
+    unpadded = ((generated != (-1 if pad is None else pad)) * positions).amax(dim=1)
     return torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, unpadded)
 
 
@@ -375,11 +403,13 @@ def _score_batch(
         labels = torch.nn.utils.rnn.pad_sequence(  # (B, T)
             [torch.tensor(hypothesis.token_ids) for _, hypothesis in part], batch_first=True, padding_value=-100
         ).to(model.device)
+        # What generate() began with, which need not be what training begins with: a language code, an argument
+        starts = torch.tensor([[hypothesis.start_id] for _, hypothesis in part], device=model.device)
         with _evaluating(model):
             logits = model(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
-                decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),
+                decoder_input_ids=torch.cat([starts, labels[:, :-1].clamp_min(0)], dim=1),
                 use_cache=False,
             ).logits
         losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")

@@ -25,10 +25,11 @@ from typing import Any, Literal, get_type_hints
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, SchedulerType, Seq2SeqTrainingArguments
+from transformers import CONFIG_MAPPING, PreTrainedConfig, SchedulerType, Seq2SeqTrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from dragoman.inference.arguments import GenerationArguments, check_generation
+from dragoman.evaluation.scores import check_metrics
+from dragoman.inference.arguments import GenerationArguments, check_combination, check_generation
 from dragoman.models.scheduled_sampling import teacher_forcing_schedule
 from dragoman.settings import check_key, nearest, one_line, parse_mapping, parse_yaml, typed
 
@@ -109,11 +110,16 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.greater_is_better is None and self.metric_for_best_model is not None:
-            # Transformers knows only that a loss should fall
-            self.greater_is_better = not self.metric_for_best_model.endswith(
-                ("loss", "wer", "cer", "ter", "error_rate")
-            )
+        figures = check_metrics(self.metrics)
+        if self.metric_for_best_model is not None:
+            known = {"loss": False, **(figures if self.predict_with_generate else {})}
+            best = self.metric_for_best_model.removeprefix("eval_")
+            if best not in known:
+                raise ValueError(
+                    f"metric_for_best_model must be one of {', '.join(known)}, got {self.metric_for_best_model!r}"
+                )
+            if self.greater_is_better is None:  # Transformers knows only that a loss should fall
+                self.greater_is_better = known[best]
         super().__post_init__()
         if self.teacher_forcing_schedule is not None:
             valid = list(inspect.signature(teacher_forcing_schedule).parameters)[1:]
@@ -132,6 +138,9 @@ _DECIDED_ELSEWHERE = {
     "do_train": "'dragoman train' always trains",
     "do_eval": "give or leave out data.validation",
     "do_predict": "give or leave out data.test",
+    "stop_strings": "they need the tokenizer, so give them to 'dragoman generate --stop-strings' or translate()",
+    "decoder_start_token_id": "it comes from the tokenizer",
+    "eos_token_id": "it comes from the tokenizer",
     "sortish_sampler": "set training.train_sampling_strategy: group_by_length",
 }
 _FROM_THE_TOKENIZER = (
@@ -225,11 +234,9 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         )
     check_generation(built["generation"], f"{path}: generation.")
     try:  # what generate() would ignore (top_k without sampling) cannot be saved with a model
-        generation_config = GenerationConfig()
-        vars(generation_config).update(built["generation"].given())  # as keywords they would be warned about first
-        generation_config.validate(strict=True)
+        check_combination(built["generation"].given())
     except ValueError as error:
-        raise ValueError(f"{path}: generation: {one_line(error)}") from error
+        raise ValueError(f"{path}: generation: {error}") from error
     return Experiment(model=sections["model"], given=sections, **built)
 
 

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from rich.console import Console
@@ -36,15 +37,9 @@ from transformers import (
 from dragoman.data.collators import Seq2SeqCollator, encode_pairs
 from dragoman.data.reading import read_pairs
 from dragoman.data.tokenizers import ProcessingClass, build_tokenizer, load_tokenizer, source_and_target_tokenizer
-from dragoman.evaluation.scores import (
-    METRICS,
-    build_compute_metrics,
-    check_metrics,
-    compute_scores,
-    headline,
-    parse_spec,
-)
-from dragoman.training.arguments import Experiment, TrainingArguments, load_experiment
+from dragoman.evaluation.scores import build_compute_metrics, compute_scores, headline
+from dragoman.inference.arguments import check_token_ids
+from dragoman.training.arguments import Experiment, load_experiment
 from dragoman.training.trainer import ScheduledSamplingTrainer
 
 
@@ -73,7 +68,6 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     """
     arguments = experiment.training
     output = Path(str(arguments.output_dir))
-    _check_metrics(arguments)
     say: Callable[..., None] = Console(soft_wrap=True, quiet=arguments.process_index > 0).print
     with _one_sentence_for_disk_errors(output):
         _check_output(output, experiment, resume, overwrite)
@@ -83,7 +77,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
 
     set_seed(arguments.seed)
     pairs = _read(experiment)
-    tokenizer = _tokenizer(experiment, pairs["train"], checkpoint)
+    tokenizer = _shared_tokenizer(experiment, pairs["train"], checkpoint)
     compute_metrics = build_compute_metrics(tokenizer, arguments.metrics) if arguments.predict_with_generate else None
     encoded = _encode(experiment, pairs, tokenizer, say)
     model = build_model(experiment, tokenizer, longest_target=max(map(len, encoded["train"]["labels"])))
@@ -143,7 +137,8 @@ def build_model(experiment: Experiment, tokenizer: ProcessingClass, longest_targ
         longest_target: tokens of the longest training target, `</s>` included.
 
     Raises:
-        ValueError: the configuration class refuses the sizes, or shares one embedding table between two vocabularies.
+        ValueError: the configuration class refuses the sizes, or shares one embedding table between two vocabularies;
+            the generation section has an id that the tokenizer does not.
     """
     source, target = source_and_target_tokenizer(tokenizer)
     special_ids = {
@@ -162,6 +157,7 @@ def build_model(experiment: Experiment, tokenizer: ProcessingClass, longest_targ
         )
     model = AutoModelForSeq2SeqLM.from_config(config)
     settings = experiment.generation.given()
+    check_token_ids(settings, len(target), "generation.")
     if "max_new_tokens" not in settings:
         settings.setdefault("max_length", math.ceil(LENGTH_MARGIN * longest_target) + 1)  # + 1: the start token
     model.generation_config = GenerationConfig(**special_ids, **settings)
@@ -256,16 +252,6 @@ class _Companion(TrainerCallback):
             signal.signal(signal.SIGINT, previous)
 
 
-def _check_metrics(arguments: TrainingArguments) -> None:
-    check_metrics(arguments.metrics)
-    best = arguments.metric_for_best_model
-    known = ["loss"]
-    if arguments.predict_with_generate:
-        known += [figure for spec in arguments.metrics for figure in METRICS[parse_spec(spec)[0]]]
-    if best is not None and best.removeprefix("eval_") not in known:
-        raise ValueError(f"training.metric_for_best_model must be one of {', '.join(known)}, got {best!r}")
-
-
 def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite: bool) -> None:
     """Refuse an output folder that another run uses, or that cannot be written."""
     if resume and overwrite:
@@ -309,6 +295,20 @@ def _read(experiment: Experiment) -> dict[str, Dataset]:
     }
 
 
+def _shared_tokenizer(experiment: Experiment, pairs: Dataset, checkpoint: Path | None) -> ProcessingClass:
+    """The tokenizer of the main process for all of them: trained twice, a Unigram may differ."""
+    shared: list[Any] = [None]
+    if experiment.training.process_index == 0:
+        try:
+            shared = [_tokenizer(experiment, pairs, checkpoint)]
+        except (ValueError, OSError) as error:
+            shared = [error]  # the others wait: they have to hear of it too
+    (tokenizer,) = broadcast_object_list(shared)
+    if isinstance(tokenizer, Exception):
+        raise tokenizer
+    return tokenizer
+
+
 def _tokenizer(experiment: Experiment, pairs: Dataset, checkpoint: Path | None) -> ProcessingClass:
     settings = vars(experiment.tokenizer).copy()
     path = settings.pop("path")
@@ -328,9 +328,11 @@ def _encode(
     data = experiment.data
     encoded = {}
     for split, dataset in pairs.items():
-        limits: dict[str, Any] = {}
-        if split == "train":  # a score must count every pair, so nothing is left out of the other two
+        # A score must count every pair, so nothing is left out of the other two.
+        limits: dict[str, Any] = {"option_prefix": None}
+        if split == "train":
             limits = {
+                "option_prefix": "data.",
                 "max_source_length": data.max_source_length,
                 "max_target_length": data.max_target_length,
                 "overlong": data.overlong,
