@@ -3,7 +3,6 @@
 import re
 
 import pytest
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from conftest import V, family, transformer
 from dragoman import DragomanConfig
@@ -45,7 +44,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("settings", "sentence"), REFUSED, ids=lambda value: str(value)[:40])
 def test_impossible_values_are_refused(settings, sentence):
-    with pytest.raises(Exception, match=re.escape(sentence)):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         transformer("impossible", **settings).config()
 
 
@@ -54,7 +53,7 @@ def test_impossible_values_are_refused(settings, sentence):
     [("norm_type", "batchnorm"), ("position_embedding_type", "learnt"), ("d_model", "12"), ("dropout", None)],
 )
 def test_wrong_types_and_words_are_refused(name, value):
-    with pytest.raises(StrictDataclassFieldValidationError, match=name):
+    with pytest.raises(ValueError, match=name):
         transformer("wrong", **{name: value}).config()
 
 

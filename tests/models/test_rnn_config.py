@@ -4,7 +4,6 @@ import re
 from dataclasses import fields
 
 import pytest
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
 from conftest import D, rnn
@@ -44,7 +43,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("settings", "sentence"), REFUSED, ids=lambda value: str(value)[:40])
 def test_impossible_values_are_refused(settings, sentence):
-    with pytest.raises(Exception, match=re.escape(sentence)):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         rnn("impossible", **settings).config()
 
 
@@ -52,7 +51,7 @@ def test_impossible_values_are_refused(settings, sentence):
     ("name", "value"), [("cell", "sru"), ("attention", "bilinear"), ("hidden_size", "12"), ("dropout", None)]
 )
 def test_wrong_types_and_words_are_refused(name, value):
-    with pytest.raises(StrictDataclassFieldValidationError, match=name):
+    with pytest.raises(ValueError, match=name):
         rnn("wrong", **{name: value}).config()
 
 

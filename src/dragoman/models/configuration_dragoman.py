@@ -2,16 +2,17 @@
 
 from typing import Literal
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .strict_config import strict_config
 
 
 SIDES = ("encoder", "decoder")
 
 
-@strict
+@strict_config
 class DragomanConfig(PreTrainedConfig):
     r"""
     Configuration of [`DragomanForConditionalGeneration`] and its relatives: a Transformer encoder-decoder.

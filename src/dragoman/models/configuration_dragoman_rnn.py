@@ -2,11 +2,12 @@
 
 from typing import Literal
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .strict_config import strict_config
 
-@strict
+
+@strict_config
 class DragomanRnnConfig(PreTrainedConfig):
     r"""
     Configuration of [`DragomanRnnForConditionalGeneration`]: the recurrent encoder-decoders of 2014 and 2015.
