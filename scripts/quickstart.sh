@@ -5,6 +5,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 install
 
+# The products of a model this small are over before a second thread has started; several threads would wait for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
 model=runs/quickstart
 for override in "$@"; do
     if [[ $override == training.output_dir=* ]]; then

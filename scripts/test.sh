@@ -3,6 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 install dev
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the models of the tests are too small for more
 
 ruff check .
 ruff format --check .
