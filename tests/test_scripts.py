@@ -128,6 +128,14 @@ def test_the_quickstart_sentences_are_new():
 
 
 @pytest.mark.slow
+def test_train_script_under_accelerate(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    result = run(*launch, ROOT / "scripts" / "train.py", write_experiment(tmp_path, training={"max_steps": 2}))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "complete.json").is_file()
+
+
+@pytest.mark.slow
 def test_train_script_in_two_processes(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = write_experiment(tmp_path, training={"max_steps": 2})
