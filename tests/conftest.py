@@ -5,8 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 import dragoman
+
+
+settings.register_profile("fast", max_examples=60, derandomize=True, deadline=None, database=None)
+settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.load_profile("fast")
 
 
 # Pairwise different, so that no mix-up of dimensions goes unseen.

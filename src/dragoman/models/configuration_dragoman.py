@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .strict_config import strict_config
+from .strict_config import check_numbers, check_special_ids, strict_config
 
 
 SIDES = ("encoder", "decoder")
@@ -169,10 +169,15 @@ class DragomanConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses what cannot be built or contradicts itself. Called at construction and at saving."""
+        check_numbers(self)
         per_side = [f"{side}_{size}" for side in SIDES for size in ("layers", "attention_heads", "head_dim", "ffn_dim")]
-        for name in ("vocab_size", "d_model", "max_position_embeddings", *per_side):
+        for name in ("vocab_size", "d_model", *per_side):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.max_position_embeddings < 2:
+            raise ValueError(
+                f"max_position_embeddings={self.max_position_embeddings} must be at least 2, a start and a token."
+            )
         for side in SIDES:
             heads, groups = getattr(self, f"{side}_attention_heads"), getattr(self, f"{side}_num_key_value_heads")
             if groups < 1 or heads % groups:
@@ -190,6 +195,7 @@ class DragomanConfig(PreTrainedConfig):
             )
         if self.source_vocab_size is not None and self.source_vocab_size < 1:
             raise ValueError(f"source_vocab_size={self.source_vocab_size} must be at least 1.")
+        check_special_ids(self, starts_by_itself=self.rotate_labels)
         if self.share_embeddings and self.source_vocab_size not in (None, self.vocab_size):
             raise ValueError(
                 f"share_embeddings=True needs one vocabulary, but source_vocab_size={self.source_vocab_size} and "
@@ -200,7 +206,8 @@ class DragomanConfig(PreTrainedConfig):
                 if getattr(self, f"{side}_head_dim") % 2:
                     raise ValueError(
                         f"{side}_head_dim={getattr(self, f'{side}_head_dim')} is odd, but position_embedding_type="
-                        "'rotary' turns pairs of dimensions: choose an even head size or another position type."
+                        "'rotary' turns pairs of dimensions: choose an even head size (d_model divided by "
+                        f"{side}_attention_heads unless it is given) or another position type."
                     )
         elif self.position_embedding_type == "sinusoidal" and self.d_model % 2:
             raise ValueError(

@@ -4,7 +4,7 @@ from typing import Literal
 
 from transformers import PreTrainedConfig
 
-from .strict_config import strict_config
+from .strict_config import check_numbers, check_special_ids, strict_config
 
 
 @strict_config
@@ -99,10 +99,13 @@ class DragomanRnnConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses what cannot be built or contradicts itself. Called at construction and at saving."""
-        sizes = ("vocab_size", "embedding_dim", "hidden_size", "encoder_layers", "decoder_layers", "max_target_length")
+        check_numbers(self)
+        sizes = ("vocab_size", "embedding_dim", "hidden_size", "encoder_layers", "decoder_layers")
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.max_target_length < 2:
+            raise ValueError(f"max_target_length={self.max_target_length} must be at least 2, a start and a token.")
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1.")
@@ -117,6 +120,7 @@ class DragomanRnnConfig(PreTrainedConfig):
     def _validate_ends(self):
         if self.source_vocab_size is not None and self.source_vocab_size < 1:
             raise ValueError(f"source_vocab_size={self.source_vocab_size} must be at least 1.")
+        check_special_ids(self)
         if self.share_embeddings and self.source_vocab_size not in (None, self.vocab_size):
             raise ValueError(
                 f"share_embeddings=True needs one vocabulary, but source_vocab_size={self.source_vocab_size} and "

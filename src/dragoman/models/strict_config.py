@@ -1,6 +1,7 @@
 """Configurations that refuse impossible values with one sentence."""
 
 import functools
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -24,3 +25,32 @@ def strict_config(config_class: type) -> type:
 
     checked.__init__ = init
     return checked
+
+
+def check_numbers(config):
+    """Refuses what is no number, or infinite; the fields check their ranges themselves."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be a finite number.")
+
+
+def check_special_ids(config, starts_by_itself: bool = False):
+    """
+    Refuses ids that no token has, and the lack of those without which nothing can be padded or begun.
+
+    Args:
+        starts_by_itself: the decoder's first token is not `decoder_start_token_id`.
+    """
+    for name in ("pad_token_id", "decoder_start_token_id"):
+        if getattr(config, name) is None and not (name == "decoder_start_token_id" and starts_by_itself):
+            raise ValueError(f"{name}=None leaves the decoder without an input: give the id of a token.")
+    for name in ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        value = getattr(config, name)
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and not 0 <= token < config.vocab_size:
+                raise ValueError(f"{name}={value} is no id of a vocabulary with vocab_size={config.vocab_size}.")
+    if config.source_vocab_size is not None and config.pad_token_id >= config.source_vocab_size:
+        raise ValueError(
+            f"pad_token_id={config.pad_token_id} is no id of a vocabulary with source_vocab_size="
+            f"{config.source_vocab_size}, but it pads sources, too."
+        )
