@@ -95,6 +95,7 @@ def systems_section(path: Path) -> list[str]:
     task, by_name = results["settings"]["task"], {}
     for key, run in results["runs"].items():
         by_name.setdefault(key.split("/")[0], []).append(run)
+    by_name = {name: by_name[name] for name in STYLES if name in by_name}
     metrics = list(next(iter(by_name.values()))[0]["scores"])
     header = ("system", "parameters", "peak rate", "updates", "target tokens/s", "outputs/s", *metrics, "seeds")
     rows = []
@@ -165,14 +166,14 @@ def ablations_section(path: Path) -> list[str]:
 def converged_section(path: Path) -> list[str]:
     result = json.loads(path.read_text())
     rows = [
-        (label, f"{100 * result[key]['sequence_error_rate']:.2f}", f"{100 * result[key]['wer']:.2f}")
+        (label, f"{100 * result[key]['sequence_error_rate']:.1f}", f"{100 * result[key]['wer']:.1f}")
         for label, key in (
             ("any listed pronunciation counts", "any_pronunciation"),
             ("only the first", "first_pronunciation"),
         )
     ]  # fmt: skip
     return [
-        "### CMUdict, trained to convergence",
+        "### CMUdict, the longer training",
         f"`{result['model']}`: {result['parameters']:,} parameters, {result['training']['step']} updates "
         f"({result['training']['epoch']:.1f} epochs); {result['test_words']} test words, "
         f"{result['generation'].get('num_beams', 1)} beams, {result['sentences_per_second']:.0f} words/s.",

@@ -142,7 +142,7 @@ def fit(config: Callable[..., PreTrainedConfig], vocab_size: int, parameters: in
 class Ablation:
     label: str
     config: Callable[..., PreTrainedConfig]
-    peak: float = 1e-3
+    peak: float = 2e-3
     fixed_updates: bool = False  # the same number of updates as others of its kind instead of the same time
     schedule: Callable[[int], dict[str, Any]] | None = None  # number of updates -> schedule of scheduled sampling
     see_everything: bool = False  # train without the look-ahead mask
@@ -153,6 +153,7 @@ class Ablation:
 heads = partial(
     transformer, "transformer_prenorm", share_embeddings=True, tie_lm_head=True, encoder_layers=2, decoder_layers=2,
     encoder_attention_heads=8, decoder_attention_heads=8,
+    scale_embedding=True,  # or else positions of amplitude 1 drown tokens of amplitude d_model ** -0.5 for long
 )  # fmt: skip
 forcing = partial(recurrent, "attention_edm", attention="general", encoder_layers=1, decoder_layers=1)
 ABLATIONS = {
@@ -168,10 +169,14 @@ ABLATIONS = {
     "unscaled_small_queries": Ablation(
         "the same, smaller initial queries (the library's choice)", partial(heads, attention_scaling=1.0)
     ),
-    "forcing_1": Ablation("LSTM, teacher forcing 1.0", partial(forcing, teacher_forcing_ratio=1.0), 2e-3, True),
-    "forcing_half": Ablation("LSTM, teacher forcing 0.5", partial(forcing, teacher_forcing_ratio=0.5), 2e-3, True),
+    "forcing_1": Ablation(
+        "LSTM, teacher forcing 1.0", partial(forcing, teacher_forcing_ratio=1.0), fixed_updates=True
+    ),
+    "forcing_half": Ablation(
+        "LSTM, teacher forcing 0.5", partial(forcing, teacher_forcing_ratio=0.5), fixed_updates=True
+    ),
     "forcing_linear": Ablation(
-        "LSTM, teacher forcing 1.0 to 0.0, linear", forcing, 2e-3, True,
-        lambda updates: {"kind": "linear", "k": 1.0, "slope": 1 / updates},
+        "LSTM, teacher forcing 1.0 to 0.0, linear", forcing, fixed_updates=True,
+        schedule=lambda updates: {"kind": "linear", "k": 1.0, "slope": 1 / updates},
     ),
 }  # fmt: skip
