@@ -12,7 +12,10 @@ import dragoman
 
 settings.register_profile("fast", max_examples=60, derandomize=True, deadline=None, database=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
-settings.load_profile("fast")
+
+
+def pytest_configure(config):
+    settings.load_profile(config.getoption("--hypothesis-profile") or "fast")
 
 
 # Pairwise different, so that no mix-up of dimensions goes unseen.
