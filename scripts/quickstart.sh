@@ -8,6 +8,7 @@ install
 # The products of a model this small are over before a second thread has started; several threads would wait for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+echo "Training a small translator: about five minutes on an idle core"
 model=runs/quickstart
 for override in "$@"; do
     if [[ $override == training.output_dir=* ]]; then

@@ -170,6 +170,8 @@ def _tsv_rows(path: Path, columns: tuple[str, str]) -> Iterator[dict[str, Any]]:
                     path,
                     *cells,
                 )
+            if not line.strip():
+                raise ValueError(f"{path}:{number}: the line is empty; expected {', '.join(names)} between tabs")
             if len(cells) != len(names):
                 raise ValueError(
                     f"{path}:{number}: {len(cells)} tab-separated column{'s' * (len(cells) != 1)} "

@@ -82,7 +82,13 @@ def train_tokenizer(
         _sort_unigram(backend, len(reserved))
     size = backend.get_vocab_size()
     if size < vocab_size and kind in ("bpe", "unigram"):
-        logger.warning("the texts yield a %s vocabulary of only %d of the %d tokens asked for", kind, size, vocab_size)
+        logger.warning(
+            "the texts yield a %s vocabulary of only %d of the %d tokens asked for; with so little text, characters "
+            "(tokenizer.kind=char) are often the better tokens",
+            kind,
+            size,
+            vocab_size,
+        )
     backend.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, SPECIAL_TOKENS.index(EOS))]
     )
