@@ -1,5 +1,6 @@
 """Configuration of the Transformer family."""
 
+import math
 from typing import Literal
 
 from transformers import PreTrainedConfig
@@ -158,14 +159,31 @@ class DragomanConfig(PreTrainedConfig):
 
     def validate_rope(self):
         # Transformers gives every config with this field default `rope_parameters`, and wants even heads of it then.
-        if self.position_embedding_type == "rotary" and self.rope_parameters is not None:
-            known = ("default", *ROPE_INIT_FUNCTIONS)
-            if self.rope_parameters["rope_type"] not in known:
-                raise ValueError(
-                    f"rope_type={self.rope_parameters['rope_type']!r} in rope_parameters is unknown: choose one of "
-                    f"{', '.join(sorted(set(known)))}."
-                )
+        if self.position_embedding_type != "rotary" or self.rope_parameters is None:
+            return
+        given = self.rope_parameters
+        known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+        kind = given.get("rope_type")
+        if kind not in known:
+            raise ValueError(f"rope_type={kind!r} in rope_parameters is unknown: choose one of {', '.join(known)}.")
+        for name in ("rope_theta", "factor", "original_max_position_embeddings"):
+            if name in given and not (isinstance(given[name], int | float) and 0 < given[name] < math.inf):
+                raise ValueError(f"{name}={given[name]!r} in rope_parameters must be a positive number.")
+        if given.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                f"partial_rotary_factor={given['partial_rotary_factor']} in rope_parameters must be 1.0: heads are "
+                "turned as a whole."
+            )
+        try:
             super().validate_rope()
+            for side in SIDES:
+                if kind in ROPE_INIT_FUNCTIONS:
+                    ROPE_INIT_FUNCTIONS[kind](self.get_text_config(**{side: True}))
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"rope_parameters={given} cannot turn heads of encoder_head_dim={self.encoder_head_dim} and "
+                f"decoder_head_dim={self.decoder_head_dim}: {error}"
+            ) from error
 
     def validate_architecture(self):
         """Refuses what cannot be built or contradicts itself. Called at construction and at saving."""
