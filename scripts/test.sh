@@ -8,4 +8,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the models of the tests are too 
 ruff check .
 ruff format --check .
 mypy
-pytest "$@"
+pytest --numprocesses auto --dist worksteal "$@"
