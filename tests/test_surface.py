@@ -48,6 +48,18 @@ def test_command_line():
             "data",
             "model",
         ],
+        "attention": [
+            "--device",
+            "--head",
+            "--kind",
+            "--layer",
+            "--out",
+            "--rows",
+            "--target",
+            "model",
+            "text",
+        ],
+        "masks": ["--device", "--out", "--target", "model", "texts"],
         "convert": ["--dtype", "--revision", "output", "source"],
     }
 

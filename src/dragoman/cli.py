@@ -188,6 +188,68 @@ def evaluate(
     print(f"Predictions and scores.json are in {folder}")
 
 
+@app.command(context_settings=ANY_OPTION)
+def attention(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
+    text: Annotated[str, typer.Argument(help="The source sentence.")],
+    target: Annotated[str | None, typer.Option(help="An output to look at.", show_default="one is decoded")] = None,
+    kind: Annotated[str, typer.Option(help="cross, encoder or decoder.")] = "cross",
+    layer: Annotated[int | None, typer.Option(help="From 0, or -1 for the last.", show_default="average")] = None,
+    head: Annotated[int | None, typer.Option(help="The same.", show_default="average")] = None,
+    rows: Annotated[str, typer.Option(help="Label rows by the token that is predicted, or fed.")] = "predicted",
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="Picture (.png, .svg, .pdf), page (.html) or weights (.npy); repeat for more."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+) -> None:
+    """Show where a model looks: word alignments as text, and a map of the attention weights with --out.
+
+    Every argument of generate() is an option too, for the output that is decoded: --num-beams 1.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from dragoman.inference.arguments import parse_generation_options
+    from dragoman.inference.attention_maps import alignment_text, attention_map
+    from dragoman.inference.pictures import FORMATS, check_format, save_attention
+    from dragoman.inference.translate import load
+
+    own_options = [name for parameter in context.command.params for name in parameter.opts]
+    options = parse_generation_options(context.args, own_options).given()
+    for path in out or []:
+        check_format(path, FORMATS)
+    disable_progress_bar()
+    found = attention_map(*load(model, device), text, target, kind, layer, head, rows, **options)
+    print(f"{found.target}\n\n{alignment_text(found)}")
+    for path in out or []:
+        for warning in save_attention(found, path):
+            print(f"dragoman attention: {warning}", file=sys.stderr)
+
+
+@app.command()
+def masks(
+    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
+    texts: Annotated[list[str], typer.Argument(help="Source sentences, padded to one batch.")],
+    target: Annotated[
+        list[str] | None, typer.Option(help="An output for each, in the same order.", show_default="they are decoded")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = Path("masks.png"),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+) -> None:
+    """Draw who may look at whom in a batch: its padding, look-ahead and cross masks."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from dragoman.inference.pictures import DRAWN_FORMATS, check_format, read_masks, save_masks
+    from dragoman.inference.translate import load
+
+    check_format(out, DRAWN_FORMATS)
+    disable_progress_bar()
+    for warning in save_masks(read_masks(*load(model, device), texts, target), out):
+        print(f"dragoman masks: {warning}", file=sys.stderr)
+    print(f"The masks are in {out}")
+
+
 @app.command()
 def convert(
     source: Annotated[

@@ -1,12 +1,24 @@
 """Sentences to sentences."""
 
+from dragoman.inference.attention_maps import (
+    AttentionMap,
+    alignment_text,
+    alignments,
+    attention_map,
+    attention_of_generation,
+)
 from dragoman.inference.strategies import STRATEGIES, strategy_arguments
 from dragoman.inference.translate import Hypothesis, compare_strategies, load, score, translate, translate_stream
 
 
 __all__ = [
     "STRATEGIES",
+    "AttentionMap",
     "Hypothesis",
+    "alignment_text",
+    "alignments",
+    "attention_map",
+    "attention_of_generation",
     "compare_strategies",
     "load",
     "score",
