@@ -61,6 +61,7 @@ def test_command_line():
         ],
         "masks": ["--device", "--out", "--target", "model", "texts"],
         "convert": ["--dtype", "--revision", "output", "source"],
+        "push": ["--message", "--private", "--revision", "model", "repository"],
     }
 
 

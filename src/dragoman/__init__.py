@@ -5,6 +5,7 @@ Importing this package registers its models, so that `AutoModelForSeq2SeqLM` and
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .models.configuration_dragoman import DragomanConfig
 from .models.configuration_dragoman_rnn import DragomanRnnConfig
@@ -14,6 +15,7 @@ from .models.modeling_dragoman import (
     DragomanModel,
 )
 from .models.modeling_dragoman_rnn import DragomanRnnForConditionalGeneration, DragomanRnnModel
+from .models.pipeline_dragoman import TASK, Seq2SeqGenerationPipeline
 from .models.processing_dragoman import DragomanProcessor
 
 
@@ -28,6 +30,8 @@ __all__ = [
     "DragomanRnnConfig",
     "DragomanRnnForConditionalGeneration",
     "DragomanRnnModel",
+    "Seq2SeqGenerationPipeline",
+    "pipeline",
     "preset",
 ]
 
@@ -38,6 +42,7 @@ AutoConfig.register("dragoman_rnn", DragomanRnnConfig, exist_ok=True)
 AutoModel.register(DragomanRnnConfig, DragomanRnnModel, exist_ok=True)
 AutoModelForSeq2SeqLM.register(DragomanRnnConfig, DragomanRnnForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(DragomanConfig, DragomanProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(TASK, Seq2SeqGenerationPipeline, pt_model=AutoModelForSeq2SeqLM, type="text")
 
 # A saved model carries the code that loads it where this package is not installed.
 DragomanConfig.register_for_auto_class()
@@ -63,3 +68,22 @@ def preset(name: str, **overrides):
     from .training.arguments import preset as read  # here, because it imports what only training needs
 
     return read(name, **overrides)
+
+
+def pipeline(task: str, model, **settings) -> Seq2SeqGenerationPipeline:
+    """
+    A pipeline for `"translation"`, `"summarization"`, `"dialogue"` or `"seq2seq-generation"`, for example
+    `pipeline("translation", model="runs/quickstart")("Delete the selected files")`.
+
+    Args:
+        task: decides what the outputs are called: `translation_text`, `summary_text`, else `generated_text`.
+        model: folder of a saved model, its name on the Hub, or a loaded model.
+        settings: those of `dragoman.inference.pipelines.pipeline`.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: no such task, or a setting that the pipeline does not have.
+    """
+    from .inference.pipelines import pipeline as build  # here, because it imports what only inference needs
+
+    return build(task, model, **settings)

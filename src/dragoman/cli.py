@@ -53,12 +53,14 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what an earlier run left.")] = False,
 ) -> None:
     """Train a model from one YAML file."""
+    from huggingface_hub.utils import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     from dragoman.training.arguments import load_experiment
     from dragoman.training.run import train as run
 
     disable_progress_bar()  # the bars of saving and loading weights, between the lines of the training's own
+    disable_progress_bars()  # and of pushing them
     run(load_experiment(config, overrides or []), resume=resume, overwrite=overwrite)
 
 
@@ -271,6 +273,29 @@ def convert(
     made = run(source, output, dtype=dtype, revision=revision)
     tokenizer = "and its tokenizer" if made.has_tokenizer else "without a tokenizer, since it has none"
     print(f"{source} ({made.model_type}, {made.parameters:,} parameters) {tokenizer}: now a Dragoman model in {output}")
+
+
+@app.command()
+def push(
+    model: Annotated[Path, typer.Argument(help="Folder of a finished model.")],
+    repository: Annotated[str, typer.Argument(help="Its name on the Hub: ORGANIZATION/NAME, or NAME for your own.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if need be.", show_default="main")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.", show_default=False)] = None,
+) -> None:
+    """Push a model to the Hub: weights, tokenizer, modeling code, training YAML and a model card with its scores.
+
+    Only files that differ from what is there travel. The token comes from HF_TOKEN or `hf auth login`.
+
+    Example: dragoman push runs/quickstart my-translator --private
+    """
+    from huggingface_hub.utils import disable_progress_bars
+
+    from dragoman.training.push import push as run
+
+    disable_progress_bars()
+    commit = run(model, repository, private=private or None, revision=revision, message=message)
+    print(f"{model} is now {commit.repo_url} at revision {commit.oid}")
 
 
 def main() -> None:

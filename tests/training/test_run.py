@@ -72,7 +72,7 @@ def test_a_finished_folder_is_complete(finished):
     scores = json.loads((finished / "test_results.json").read_text())
     assert scores.keys() == {"bleu", "chrf"}
     card = (finished / "README.md").read_text()
-    assert f"| chrf | {scores['chrf']:.2f} |" in card
+    assert f"| chrf (greedy search) | {scores['chrf']:.2f} |" in card
     for checkpoint in finished.glob("checkpoint-*"):
         assert (checkpoint / "complete.json").is_file()
         assert (checkpoint / "experiment.yaml").read_text() == (finished / "experiment.yaml").read_text()

@@ -1,4 +1,4 @@
-"""Configurations that refuse impossible values with one sentence."""
+"""Configurations that refuse impossible values with one sentence, and name the pipeline that travels with them."""
 
 import functools
 import math
@@ -7,17 +7,21 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
+from .pipeline_dragoman import custom_pipelines
+
 
 def strict_config(config_class: type) -> type:
     """
     `@strict`, which checks types and calls the `validate_` methods, but what it refuses at construction is a
-    `ValueError` that says no more than what is wrong.
+    `ValueError` that says no more than what is wrong. Configurations get an attribute `custom_pipelines`, by which
+    `transformers.pipeline` finds ours in a saved model.
     """
     checked: Any = strict(config_class)
     build = checked.__init__
 
     @functools.wraps(build)
     def init(self, *args, **kwargs):
+        kwargs.setdefault("custom_pipelines", custom_pipelines())
         try:
             build(self, *args, **kwargs)
         except StrictDataclassError as error:

@@ -141,6 +141,7 @@ _DECIDED_ELSEWHERE = {
     "stop_strings": "they need the tokenizer, so give them to 'dragoman generate --stop-strings' or translate()",
     "decoder_start_token_id": "it comes from the tokenizer",
     "eos_token_id": "it comes from the tokenizer",
+    "hub_token": "it would be saved and pushed with the experiment; set HF_TOKEN or run `hf auth login`",
     "sortish_sampler": "set training.train_sampling_strategy: group_by_length",
 }
 _FROM_THE_TOKENIZER = (

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import (
@@ -40,6 +39,8 @@ from dragoman.data.tokenizers import ProcessingClass, build_tokenizer, load_toke
 from dragoman.evaluation.scores import build_compute_metrics, compute_scores, headline
 from dragoman.inference.arguments import check_token_ids
 from dragoman.training.arguments import Experiment, load_experiment
+from dragoman.training.card import decoding_name, write_card
+from dragoman.training.push import check_token, one_sentence_for_hub_errors, push
 from dragoman.training.trainer import ScheduledSamplingTrainer
 
 
@@ -51,7 +52,7 @@ LENGTH_MARGIN = 1.5
 
 
 def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Run an experiment and return the folder of the finished model.
+    """Run an experiment and return the folder of the finished model, on the Hub too with `training.push_to_hub`.
 
     The folder holds the weights (safetensors), both configurations, the tokenizer, the modeling code,
     `experiment.yaml`, the test scores and a model card. `complete.json` is written last, there and in every checkpoint:
@@ -63,7 +64,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
 
     Raises:
         ValueError: unusable data or settings, or an output folder that is in use.
-        OSError: the output folder cannot be written, or the disk is full.
+        OSError: the output folder cannot be written, the disk is full, or the Hub refuses the model.
         KeyboardInterrupt: Ctrl-C; the message says how to go on.
     """
     arguments = experiment.training
@@ -72,6 +73,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     with _one_sentence_for_disk_errors(output):
         _check_output(output, experiment, resume, overwrite)
         checkpoint = last_complete_checkpoint(output) if resume else None
+    if arguments.push_to_hub:
+        check_token()
     if resume:
         say(f"Resuming from {checkpoint}" if checkpoint else f"{output} holds no complete checkpoint: starting anew")
 
@@ -93,16 +96,17 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     trainer_class: Callable[..., Seq2SeqTrainer] = Seq2SeqTrainer
     if arguments.teacher_forcing_schedule is not None:
         trainer_class = partial(ScheduledSamplingTrainer, schedule=arguments.teacher_forcing_schedule)
-    trainer = trainer_class(
-        model=model,
-        args=arguments,
-        data_collator=Seq2SeqCollator(tokenizer, model=model),
-        train_dataset=encoded["train"],
-        eval_dataset=encoded.get("validation"),
-        processing_class=tokenizer,
-        compute_metrics=compute_metrics,
-        callbacks=callbacks,
-    )
+    with one_sentence_for_hub_errors(arguments.hub_model_id or output.name):
+        trainer = trainer_class(
+            model=model,
+            args=arguments,
+            data_collator=Seq2SeqCollator(tokenizer, model=model),
+            train_dataset=encoded["train"],
+            eval_dataset=encoded.get("validation"),
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+        )
     if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Progress)
@@ -115,13 +119,17 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     if "test" in encoded:
         scores = _test(trainer, experiment, tokenizer, encoded["test"], list(pairs["test"]["target"]))
     with _one_sentence_for_disk_errors(output):
+        is_pushed, arguments.push_to_hub = arguments.push_to_hub, False  # the Trainer would push its own card
         trainer.save_model(str(output))
         if arguments.process_index == 0:
             (output / "training_args.bin").unlink()  # experiment.yaml says the same and is no pickle
             trainer.state.save_to_json(str(output / "trainer_state.json"))
             (output / "test_results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-            _write_model_card(output, experiment, scores, decoding_name(model.generation_config), parameters)
+            write_card(output, example=pairs["train"]["source"][0])
             _mark_complete(output, experiment, trainer.state)
+    if is_pushed and arguments.process_index == 0:
+        commit = push(output, str(trainer.hub_model_id), revision=arguments.hub_revision, message="End of training")
+        say(f"pushed: {commit.repo_url} at revision {commit.oid}")
     for name, value in scores.items():
         say(f"test {name}: {value:.2f} ({decoding_name(model.generation_config)})")
     say(f"\nThe model is in {output}. To use it in Python:\n")
@@ -185,13 +193,6 @@ def usage(output: Path, sentence: str, auto_class: str) -> str:
     )
 
 
-def decoding_name(generation_config: GenerationConfig) -> str:
-    """How `generate()` decodes with these defaults, in words."""
-    mode = generation_config.get_generation_mode().value.replace("_", " ")
-    beams = generation_config.num_beams or 1
-    return f"{mode}, {beams} beams" if beams > 1 else mode
-
-
 class _Progress(ProgressCallback):
     """The Trainer's progress bar, with one short line a log instead of a dictionary."""
 
@@ -203,7 +204,10 @@ class _Progress(ProgressCallback):
 
 
 class _Companion(TrainerCallback):
-    """Beside the Trainer: completes its checkpoints, keeps the model's generation settings, stops cleanly on Ctrl-C."""
+    """
+    Beside the Trainer: completes its checkpoints and what it pushes of them, keeps the model's generation settings, and
+    stops cleanly on Ctrl-C.
+    """
 
     def __init__(self, experiment: Experiment, model: PreTrainedModel) -> None:
         self.experiment = experiment
@@ -223,6 +227,11 @@ class _Companion(TrainerCallback):
             raise KeyboardInterrupt(
                 f"stopped and saved after step {state.global_step}; the same command with --resume goes on from there"
             )
+
+    def on_push_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The Trainer pushes what lies here, and puts only weights and tokenizer there.
+        for file in Path(args.output_dir, f"checkpoint-{state.global_step}").glob("*.py"):
+            shutil.copy(file, args.output_dir)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._restore(kwargs["model"])
@@ -387,38 +396,3 @@ def _one_sentence_for_disk_errors(output: Path) -> Iterator[None]:
 
 def _is_full(folder: Path) -> bool:
     return folder.is_dir() and shutil.disk_usage(folder).free < 1 << 20
-
-
-def _write_model_card(
-    output: Path, experiment: Experiment, scores: dict[str, float], decoding: str, parameters: int
-) -> None:
-    data = experiment.data
-    results = [
-        EvalResult(
-            task_type="translation",
-            dataset_type="text",
-            dataset_name=str(data.test),
-            metric_type=name,
-            metric_value=round(value, 2),
-        )
-        for name, value in scores.items()
-    ]
-    header = ModelCardData(
-        library_name="transformers",
-        tags=["dragoman", "encoder-decoder"],
-        model_name=output.name,
-        eval_results=results or None,
-    )
-    sections = [
-        f"# {output.name}",
-        f"An encoder-decoder of type `{experiment.model['model_type']}` with {parameters:,} parameters, trained from "
-        f"scratch with Dragoman on `{data.train}`. `{EXPERIMENT_FILE}` in this folder holds every setting.",
-    ]
-    if scores:
-        rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in scores.items())
-        sections.append(f"On `{data.test}` ({decoding}):\n\n| metric | score |\n|---|---|\n{rows}")
-    sections.append(
-        "With the package installed, `import dragoman` makes `AutoModelForSeq2SeqLM.from_pretrained` load this folder; "
-        "without it, pass `trust_remote_code=True`, and the modeling code beside the weights is used."
-    )
-    ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(output / "README.md")
