@@ -69,11 +69,10 @@ def world(tmp_path_factory):
         model.push_to_hub(f"{USER}/two")
         processor.push_to_hub(f"{USER}/two")
 
-        path = write_experiment(
-            folder, training={"push_to_hub": True, "hub_model_id": f"{USER}/trained", "max_steps": 4}
-        )
-        world.trained = train(load_experiment(path))
-        evaluate_model(world.trained, folder / "test.jsonl", world.trained / "evaluation", strategies=["greedy"])
+        training = {"push_to_hub": True, "hub_model_id": f"{USER}/trained", "max_steps": 4}
+        world.trained = train(load_experiment(write_experiment(folder, training=training)))
+        out = world.trained / "evaluation"
+        evaluate_model(world.trained, folder / "test.jsonl", out, strategies=["greedy"], metrics=["chrf"])
         world.results.append(run_dragoman("push", world.trained, f"{USER}/trained"))
         yield world
 
