@@ -1,6 +1,7 @@
 """The history of encoder-decoders on real data: train every system alike, score it, and write tables and plots.
 
-    python scripts/scoreboard.py systems cmudict --minutes 2.5 --seeds 1
+    python scripts/scoreboard.py peaks cmudict --minutes 0.4
+    python scripts/scoreboard.py systems cmudict --minutes 1 --seeds 3
     python scripts/scoreboard.py ablations cmudict --minutes 1
     python scripts/scoreboard.py steps cmudict
     python scripts/scoreboard.py words runs/g2p_cmudict
@@ -32,7 +33,7 @@ import torch
 import typer
 from datasets import Dataset
 from scoreboard_report import write_report
-from scoreboard_systems import ABLATIONS, BLIND_SOURCE, ROOT, SYSTEMS, TASKS, Task, build, fit
+from scoreboard_systems import ABLATIONS, BLIND_SOURCE, EDM_VARIANTS, ROOT, SYSTEMS, TASKS, Task, build, fit
 from transformers import (
     DataCollatorForSeq2Seq,
     LlamaConfig,
@@ -59,6 +60,7 @@ from dragoman.training.trainer import ScheduledSamplingTrainer
 RESULTS = ROOT / "scripts" / "results"
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 WARMUP = 0.05  # of the training time
+PEAKS = (1e-3, 2e-3, 4e-3)  # learning rates that `peaks` tries
 
 
 @dataclass
@@ -97,14 +99,14 @@ class Budget(TrainerCallback):
 class Board:
     """The data of a task, ready for training, decoding and scoring."""
 
-    def __init__(self, task: Task, test_size: int):
+    def __init__(self, task: Task, test_size: int, split: str = "test"):
         self.task = task
-        pairs = {split: read_pairs(task.data.format(split=split)) for split in ("train", "test")}
+        pairs = {name: read_pairs(task.data.format(split=name)) for name in ("train", split)}
         self.tokenizer: Any = build_tokenizer(pairs["train"], joint=True, **task.tokenizer)
         limits = {"max_source_length": task.max_length, "max_target_length": task.max_length}
         self.train, report = encode_pairs(pairs["train"], self.tokenizer, overlong="drop", **limits)
         print(f"training pairs: {report}; vocabulary: {len(self.tokenizer)}")
-        test = pairs["test"].shuffle(seed=0).select(range(min(test_size, len(pairs["test"]))))
+        test = pairs[split].shuffle(seed=0).select(range(min(test_size, len(pairs[split]))))
         self.sources, self.references = list(test["source"]), references(test)
         self.test, _ = encode_pairs(test.select_columns(["source", "target"]), self.tokenizer)
 
@@ -270,34 +272,63 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 TaskName = Annotated[str, typer.Argument(help=f"{', '.join(TASKS)}.")]
 Minutes = Annotated[float, typer.Option(help="Training time of each.")]
 TestSize = Annotated[int, typer.Option(help="Pairs of the test set, drawn once.")]
+Updates = Annotated[int | None, typer.Option(help="Instead of minutes.")]
+Names = Annotated[list[str] | None, typer.Option(help="Not all, but those of these names.")]
 ClockName = Annotated[str, typer.Option(help="wall, or cpu: processor time of this process.")]
 Folder = Annotated[Path, typer.Option(help="Of the results.")]
 
 
 @app.command()
+def peaks(
+    task: TaskName, minutes: Minutes = 0.4,
+    peak: Annotated[list[float] | None, typer.Option(help="Learning rates to try.")] = None,
+    test_size: Annotated[int, typer.Option(help="Pairs of the validation set, drawn once.")] = 1000,
+    updates: Updates = None, clock: ClockName = "wall", folder: Folder = RESULTS, only: Names = None,
+) -> None:  # fmt: skip
+    """Train every system with several peaks of the learning rate; loss and greedy scores on the validation set."""
+    settings = {"task": task, "minutes": minutes, "updates": updates, "test_size": test_size, "clock": clock,
+                "threads": torch.get_num_threads()}  # fmt: skip
+    store = Store(folder / f"peaks_{task}.json", settings)
+    board = Board(TASKS[task], test_size, split="validation")
+    for name in only or SYSTEMS:
+        for rate in peak or PEAKS:
+            if f"{name}/{rate:g}" in store:
+                continue
+            config, _ = fit(SYSTEMS[name].config, len(board.tokenizer), TASKS[task].parameters)
+            set_seed(1)
+            model = build(config)
+            result = train(board, model, rate, Budget(CLOCKS[clock], minutes, updates), seed=1)
+            result |= forced(board, model)
+            result |= {"label": SYSTEMS[name].label, "peak": rate,
+                       "scores": board.scores(board.decode(model, board.sources, num_beams=1))}  # fmt: skip
+            store[f"{name}/{rate:g}"] = result
+            print(f"{name}, peak {rate:g}: loss {result['forced_loss']:.3f}, {result['scores']}")
+
+
+@app.command()
 def systems(
-    task: TaskName, minutes: Minutes = 2.5, seeds: Annotated[int, typer.Option(help="Runs of each.")] = 1,
+    task: TaskName, minutes: Minutes = 1.0, seeds: Annotated[int, typer.Option(help="Runs of each.")] = 1,
     test_size: TestSize = 2000, clock: ClockName = "wall", num_beams: int = 4, folder: Folder = RESULTS,
-    updates: Annotated[int | None, typer.Option(help="Instead of minutes.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Names of SYSTEMS.")] = None,
+    updates: Updates = None, only: Names = None,
 ) -> None:  # fmt: skip
     """Train and score every system; quality, by source length too, and what training and decoding cost."""
     settings = {"task": task, "minutes": minutes, "updates": updates, "test_size": test_size, "clock": clock,
                 "num_beams": num_beams, "threads": torch.get_num_threads()}  # fmt: skip
     store, board = Store(folder / f"systems_{task}.json", settings), Board(TASKS[task], test_size)
+    chosen = {name: (SYSTEMS | EDM_VARIANTS)[name] for name in only or SYSTEMS}
     for seed in range(1, seeds + 1):
-        for name in only or SYSTEMS:
+        for name, system in chosen.items():
             if f"{name}/{seed}" in store:
                 continue
-            config, parameters = fit(SYSTEMS[name].config, len(board.tokenizer), TASKS[task].parameters)
+            config, parameters = fit(system.config, len(board.tokenizer), TASKS[task].parameters, system.recurrence)
             set_seed(seed)
-            model = build(config)
+            model = build(config, system.recurrence)
             budget = Budget(CLOCKS[clock], minutes, updates)
-            result = train(board, model, SYSTEMS[name].peak, budget, seed=seed)
+            result = train(board, model, system.peak, budget, seed=seed)
             start = CLOCKS[clock]()
             outputs = board.decode(model, board.sources, num_beams)
-            result |= {"label": SYSTEMS[name].label, "parameters": parameters, "width": config.hidden_size,
-                       "peak": SYSTEMS[name].peak, "sentences_per_second": len(outputs) / (CLOCKS[clock]() - start),
+            result |= {"label": system.label, "parameters": parameters, "width": config.hidden_size,
+                       "peak": system.peak, "sentences_per_second": len(outputs) / (CLOCKS[clock]() - start),
                        "scores": board.scores(outputs), "by_length": board.scores_by_length(outputs)}  # fmt: skip
             store[f"{name}/{seed}"] = result
             print(f"{name}, seed {seed}: {parameters:,} parameters, {result['updates']} updates, {result['scores']}")
@@ -351,9 +382,8 @@ def enlarge_queries(module: torch.nn.Module) -> None:
 @app.command()
 def ablations(
     task: TaskName, minutes: Minutes = 1.0, forcing_updates: Annotated[int, typer.Option(help="Of the LSTMs.")] = 800,
-    updates: Annotated[int | None, typer.Option(help="Instead of minutes.")] = None, test_size: TestSize = 1000,
-    clock: ClockName = "wall", folder: Folder = RESULTS,
-    only: Annotated[list[str] | None, typer.Option(help="Names of ABLATIONS.")] = None,
+    updates: Updates = None, test_size: TestSize = 1000, clock: ClockName = "wall", folder: Folder = RESULTS,
+    only: Names = None,
 ) -> None:  # fmt: skip
     """Take one thing away, train, and score greedy outputs beside the errors under the true prefix."""
     settings = {"task": task, "minutes": minutes, "updates": updates, "forcing_updates": forcing_updates,

@@ -52,6 +52,8 @@ PUBLISHED = {
 def write_report(folder: Path) -> Path:
     """Write `history.md` and the plots from every result in the folder; text above the figures is kept."""
     sections = [GENERATED]
+    for path in sorted(folder.glob("peaks_*.json")):
+        sections += peaks_section(path)
     for path in sorted(folder.glob("systems_*.json")):
         sections += systems_section(path)
     for path in sorted(folder.glob("steps_*.json")):
@@ -90,15 +92,28 @@ def conditions(settings: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     )
 
 
-def systems_section(path: Path) -> list[str]:
+def peaks_section(path: Path) -> list[str]:
     results = json.loads(path.read_text())
-    task, by_name = results["settings"]["task"], {}
-    for key, run in results["runs"].items():
-        by_name.setdefault(key.split("/")[0], []).append(run)
-    by_name = {name: by_name[name] for name in STYLES if name in by_name}
+    runs = results["runs"]
+    metric = list(next(iter(runs.values()))["scores"])[-1]
+    peaks = sorted({run["peak"] for run in runs.values()})
+    cells: dict[str, dict[float, str]] = {}
+    for run in runs.values():
+        scores = f"{run['forced_loss']:.3f} / {run['scores'][metric]:.1f}"
+        cells.setdefault(run["label"], {})[run["peak"]] = scores
+    header = ("system", *(f"{peak:g}" for peak in peaks))
+    return [
+        f"### Learning rates on {results['settings']['task']}",
+        f"Loss a token under the true prefix / greedy {metric}, both on validation pairs, by the peak of the learning "
+        "rate; one seed. " + conditions(results["settings"], list(runs.values())),
+        table(header, [(label, *(by_peak.get(peak, "-") for peak in peaks)) for label, by_peak in cells.items()]),
+    ]
+
+
+def systems_table(by_name: dict[str, list[dict[str, Any]]]) -> str:
     metrics = list(next(iter(by_name.values()))[0]["scores"])
     header = ("system", "parameters", "peak rate", "updates", "target tokens/s", "outputs/s", *metrics, "seeds")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for runs in by_name.values():
         rows.append(
             (
@@ -112,13 +127,54 @@ def systems_section(path: Path) -> list[str]:
                 str(len(runs)),
             )
         )
-    plot_lengths(by_name, "PER" if "PER" in metrics else metrics[0], path.with_name(f"lengths_{task}.png"))
-    flat = [run for runs in by_name.values() for run in runs]
-    sections = [f"### Systems on {task}", conditions(results["settings"], flat), table(header, rows)]
+    return table(header, rows)
+
+
+def lengths_table(by_name: dict[str, list[dict[str, Any]]], metric: str) -> str:
+    buckets = next(iter(by_name.values()))[0]["by_length"]
+    shortest = [1, *(bucket["longest"] + 1 for bucket in buckets[:-1])]
+    header = ("system", *(f"{low}-{b['longest']:g} ({b['rows']})" for low, b in zip(shortest, buckets, strict=True)))
+    rows = [
+        (runs[0]["label"], *(spread([run["by_length"][b][metric] for run in runs]) for b in range(len(buckets))))
+        for runs in by_name.values()
+    ]
+    return table(header, rows)
+
+
+def systems_section(path: Path) -> list[str]:
+    results = json.loads(path.read_text())
+    task, by_name = results["settings"]["task"], {}
+    for key, run in results["runs"].items():
+        by_name.setdefault(key.split("/")[0], []).append(run)
+    variants = {name: runs for name, runs in by_name.items() if name not in STYLES}
+    by_name = {name: by_name[name] for name in STYLES if name in by_name}
+    metrics = next(iter(by_name.values()))[0]["scores"]
+    metric = "PER" if "PER" in metrics else "BLEU"
+    plot_lengths(by_name, metric, path.with_name(f"lengths_{task}.png"))
+    sections = [
+        f"### Systems on {task}",
+        conditions(results["settings"], [run for runs in by_name.values() for run in runs])
+        + " Several seeds: mean ± half the range.",
+        systems_table(by_name),
+    ]
     if task in PUBLISHED:
         text, published_header, published = PUBLISHED[task]
         sections += [text, table(published_header, published)]
-    return [*sections, f"![quality by source length](lengths_{task}.png)"]
+    unit = "letters" if metric == "PER" else "words"
+    sections += [
+        f"{metric} by the {unit} of the source (test pairs):",
+        lengths_table(by_name, metric),
+        f"![quality by source length](lengths_{task}.png)",
+    ]
+    if variants:
+        base = {name: by_name[name] for name in ("attention_edm_forced",) if name in by_name}
+        sections += [
+            f"### AttentionEDM changed, on {task}",
+            "One thing at a time, on the terms of the table above.",
+            systems_table(base | variants),
+            lengths_table(base | variants, metric),
+        ]
+    return sections
 
 
 def steps_section(path: Path) -> list[str]:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from dragoman.models import modeling_dragoman_rnn
+from dragoman.models.recurrent_attention import ContextAsState, Recurrence, Source, Step, masked_softmax, run
 from dragoman.training.arguments import preset
 
 
@@ -66,21 +69,29 @@ TASKS = {
 
 def recurrent(name: str, width: int, **changes: Any) -> PreTrainedConfig:
     """A recurrent preset with one table of embeddings, half as wide as the states, and the dropout of the others."""
+    width = width // 2 * 2  # a bidirectional encoder splits it
     return preset(name, embedding_dim=width // 2, hidden_size=width, dropout=0.1, share_embeddings=True, **changes)
 
 
+def heads_and_mlp(width: int, ratio: float) -> tuple[int, int]:
+    """Widths of the states and of the MLPs: heads need steps of 8, and MLPs wider than `ratio` fill the gaps."""
+    states = width // 8 * 8
+    return states, round(ratio * states) + 10 * (width - states)
+
+
 def transformer(name: str, width: int, **changes: Any) -> PreTrainedConfig:
-    """A Transformer preset with 3 + 3 layers, MLPs as wide in proportion as its own, and the loss of the others."""
+    """A Transformer preset with 3 + 3 layers, MLPs about as wide in proportion as its own, the loss of the others."""
+    width, mlp = heads_and_mlp(width, preset(name).encoder_ffn_dim / preset(name).d_model)
     sizes = {"d_model": width, "encoder_layers": 3, "decoder_layers": 3}
-    ratio = preset(name).encoder_ffn_dim / preset(name).d_model
     for side in ("encoder", "decoder"):
-        sizes |= {f"{side}_attention_heads": 4, f"{side}_ffn_dim": round(ratio * width / 8) * 8}
+        sizes |= {f"{side}_attention_heads": 4, f"{side}_ffn_dim": mlp}
     return preset(name, **{**sizes, "dropout": 0.1, "label_smoothing": 0.0, **changes})
 
 
 def decoder_only(width: int, vocab_size: int) -> PreTrainedConfig:
+    width, mlp = heads_and_mlp(width, 8 / 3)
     return LlamaConfig(
-        vocab_size=vocab_size, hidden_size=width, intermediate_size=round(width / 3) * 8, num_hidden_layers=6,
+        vocab_size=vocab_size, hidden_size=width, intermediate_size=mlp, num_hidden_layers=6,
         num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, pad_token_id=1,
         eos_token_id=2, initializer_range=width**-0.5,  # as ours; the stock 0.02 is for much wider models
     )  # fmt: skip
@@ -91,6 +102,7 @@ class System:
     label: str
     config: Callable[..., PreTrainedConfig]  # (width=, vocab_size=)
     peak: float  # learning rate
+    recurrence: type[Recurrence] | None = None  # instead of the one that the configuration asks for
 
 
 SYSTEMS = {
@@ -113,29 +125,83 @@ SYSTEMS = {
 }  # fmt: skip
 
 
-def build(config: PreTrainedConfig) -> PreTrainedModel:
-    return LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else AutoModelForSeq2SeqLM.from_config(config)
+class KeptState(ContextAsState):
+    """AttentionEDM that keeps every layer's previous h, to ask with it, to add the context to it, or neither."""
+
+    first_state = 0  # h is taken over from the encoder too
+    asks, adds = False, False
+
+    def forward(self, inputs: torch.Tensor, state: tuple[torch.Tensor, ...], source: Source) -> Step:
+        previous, cell = state  # (L, B * g, D)
+        sources, g, _, length = source.visible.shape
+        if self.asks:
+            query = previous.unflatten(1, (sources, g)).transpose(0, 1)
+        else:
+            query = self.q_proj(inputs).view(sources, 1, g, -1)
+        scores = query @ source.values.transpose(2, 3) / self.divisor(source)
+        weights = masked_softmax(scores, source.visible.transpose(1, 2))
+        contexts = (weights @ source.values).transpose(0, 1).flatten(1, 2)
+        outputs, state = run(self.rnn, inputs, (contexts + previous if self.adds else contexts.contiguous(), cell))
+        return Step(outputs, state, state[0], tuple(weights.transpose(0, 1).reshape(-1, sources * g, 1, length)))
 
 
-def fit(config: Callable[..., PreTrainedConfig], vocab_size: int, parameters: int) -> tuple[PreTrainedConfig, int]:
+class Asking(KeptState):
+    asks = True
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.q_proj = torch.nn.Identity()  # no weights without a use
+
+
+class Adding(KeptState):
+    adds = True
+
+
+class AskingAndAdding(Asking):
+    adds = True
+
+
+edm = partial(recurrent, "attention_edm", teacher_forcing_ratio=1.0)
+EDM_VARIANTS = {  # of attention_edm_forced, one thing changed in each, the last two together
+    "edm_asks": System("query: the state, not the input", edm, 2e-3, Asking),
+    "edm_adds": System("context added to the state, not in its place", edm, 2e-3, Adding),
+    "edm_asks_adds": System("both", edm, 2e-3, AskingAndAdding),
+}
+
+
+def build(config: PreTrainedConfig, recurrence: type[Recurrence] | None = None) -> PreTrainedModel:
+    if isinstance(config, LlamaConfig):
+        return LlamaForCausalLM(config)
+    if recurrence is None:
+        return AutoModelForSeq2SeqLM.from_config(config)
+    with patch.object(modeling_dragoman_rnn, "make_recurrence", recurrence):
+        return AutoModelForSeq2SeqLM.from_config(config)
+
+
+def fit(
+    config: Callable[..., PreTrainedConfig],
+    vocab_size: int,
+    parameters: int,
+    recurrence: type[Recurrence] | None = None,
+) -> tuple[PreTrainedConfig, int]:
     """The configuration whose number of parameters comes nearest to the wanted one, and that number.
 
     Raises:
-        ValueError: no width comes within 10 %.
+        ValueError: no width comes within 5 %, which keeps any two systems within 10 % of each other.
     """
-    found: list[tuple[int, int, int]] = []
-    for width in range(16, 2048, 8):
+
+    def count(width: int) -> int:
         with torch.device("meta"):
-            count = build(config(width=width, vocab_size=vocab_size)).num_parameters()
-        found.append((abs(count - parameters), width, count))
-        if count > parameters:
-            break
-    distance, width, count = min(found)
-    if distance > 0.1 * parameters:
+            return build(config(width=width, vocab_size=vocab_size), recurrence).num_parameters()
+
+    above = next(width for width in range(16, 2048, 8) if count(width) > parameters)
+    counts = {width: count(width) for width in range(max(16, above - 8), above + 1)}
+    width = min(counts, key=lambda width: abs(counts[width] - parameters))
+    if abs(counts[width] - parameters) > 0.05 * parameters:
         raise ValueError(
-            f"no width comes within 10 % of {parameters:,} parameters: the nearest, {width}, has {count:,}"
+            f"no width comes within 5 % of {parameters:,} parameters: the nearest, {width}, has {counts[width]:,}"
         )
-    return config(width=width, vocab_size=vocab_size), count
+    return config(width=width, vocab_size=vocab_size), counts[width]
 
 
 @dataclass(frozen=True)
