@@ -196,7 +196,7 @@ def train(
         tokens += int((batch["labels"] != -100).sum())
         return change_batch(batch)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     with tempfile.TemporaryDirectory() as folder:
         arguments = Seq2SeqTrainingArguments(
             output_dir=folder, seed=seed, max_steps=budget.updates or 10**6, save_strategy="no", report_to="none",
@@ -231,9 +231,12 @@ def forced(board: Board, model: PreTrainedModel) -> dict[str, float]:
     for start in range(0, len(rows), 64):
         batch = collate([rows[row] for row in range(start, min(start + 64, len(rows)))])
         outputs = model.eval()(**batch)
-        real = batch["labels"] != -100
+        best, labels = outputs.logits.argmax(-1), batch["labels"]
+        if isinstance(model.config, LlamaConfig):  # whose labels stand where their tokens are read
+            best, labels = best[:, :-1], labels[:, 1:]
+        real = labels != -100
         loss += float(outputs.loss) * int(real.sum())
-        wrong += int((outputs.logits.argmax(-1) != batch["labels"])[real].sum())
+        wrong += int((best != labels)[real].sum())
         count += int(real.sum())
     return {"forced_loss": loss / count, "forced_errors": 100 * wrong / count}
 

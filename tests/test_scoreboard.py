@@ -166,13 +166,18 @@ def test_the_decoder_only_model_decodes_a_batch_as_it_decodes_one(script, listed
     assert board.decode(model, board.sources, num_beams=2) == one_by_one
 
 
-def test_errors_under_the_true_prefix(script, board):
-    model = build(script, script.SYSTEMS["lstm_2014"].config)
+@pytest.mark.parametrize("name", ["lstm_2014", "decoder_only"])
+def test_errors_under_the_true_prefix(script, board, name):
+    model = build(script, script.SYSTEMS[name].config)
     losses, wrong, count = [], 0, 0
     for row in board.test:
         labels = torch.tensor([row["labels"]])
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).logits
+            if name == "decoder_only":
+                ids = torch.tensor([[*row["input_ids"], 0, *row["labels"]]])
+                logits = model(input_ids=ids).logits[:, -labels.shape[1] - 1 : -1]
+            else:
+                logits = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).logits
         losses.append(torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum"))
         wrong, count = wrong + int((logits.argmax(-1) != labels).sum()), count + labels.numel()
     found = script.forced(board, model)
