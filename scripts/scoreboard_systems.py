@@ -106,21 +106,21 @@ class System:
 
 
 SYSTEMS = {
-    "gru_2014": System("GRU, no attention (Cho 2014)", partial(recurrent, "gru_2014"), 2e-3),
+    "gru_2014": System("GRU, no attention (Cho 2014)", partial(recurrent, "gru_2014"), 8e-3),
     "lstm_2014": System(
         "LSTM reversed, no attention (Sutskever 2014)",
-        partial(recurrent, "lstm_2014", encoder_layers=2, decoder_layers=2), 2e-3,
+        partial(recurrent, "lstm_2014", encoder_layers=2, decoder_layers=2), 8e-3,
     ),
-    "lstm_additive": System("LSTM + additive (Bahdanau 2015)", partial(recurrent, "lstm_bahdanau"), 2e-3),
+    "lstm_additive": System("LSTM + additive (Bahdanau 2015)", partial(recurrent, "lstm_bahdanau"), 8e-3),
     "lstm_dot": System(
-        "LSTM + dot (Luong 2015)", partial(recurrent, "lstm_luong", encoder_layers=2, decoder_layers=2), 2e-3
+        "LSTM + dot (Luong 2015)", partial(recurrent, "lstm_luong", encoder_layers=2, decoder_layers=2), 8e-3
     ),
-    "attention_edm": System("AttentionEDM, teacher forcing 0.5", partial(recurrent, "attention_edm"), 2e-3),
+    "attention_edm": System("AttentionEDM, teacher forcing 0.5", partial(recurrent, "attention_edm"), 8e-3),
     "attention_edm_forced": System(
-        "AttentionEDM, teacher forcing 1.0", partial(recurrent, "attention_edm", teacher_forcing_ratio=1.0), 2e-3
+        "AttentionEDM, teacher forcing 1.0", partial(recurrent, "attention_edm", teacher_forcing_ratio=1.0), 8e-3
     ),
-    "transformer_2017": System("Transformer (Vaswani 2017)", partial(transformer, "transformer_2017"), 1e-3),
-    "modern": System("modern Transformer", partial(transformer, "modern"), 2e-3),
+    "transformer_2017": System("Transformer (Vaswani 2017)", partial(transformer, "transformer_2017"), 2e-3),
+    "modern": System("modern Transformer", partial(transformer, "modern"), 4e-3),
     "decoder_only": System("decoder-only (stock Llama)", decoder_only, 2e-3),
 }  # fmt: skip
 
@@ -163,9 +163,9 @@ class AskingAndAdding(Asking):
 
 edm = partial(recurrent, "attention_edm", teacher_forcing_ratio=1.0)
 EDM_VARIANTS = {  # of attention_edm_forced, one thing changed in each, the last two together
-    "edm_asks": System("query: the state, not the input", edm, 2e-3, Asking),
-    "edm_adds": System("context added to the state, not in its place", edm, 2e-3, Adding),
-    "edm_asks_adds": System("both", edm, 2e-3, AskingAndAdding),
+    "edm_asks": System("query: the state, not the input", edm, 8e-3, Asking),
+    "edm_adds": System("context added to the state, not in its place", edm, 8e-3, Adding),
+    "edm_asks_adds": System("both", edm, 8e-3, AskingAndAdding),
 }
 
 
