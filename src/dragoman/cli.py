@@ -77,6 +77,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     source_lang: Annotated[str | None, typer.Option(help="Code of a model with many languages: it, ita_Latn.")] = None,
     target_lang: Annotated[str | None, typer.Option(help="The same for the output.")] = None,
+    source_prefix: Annotated[
+        str | None, typer.Option(help="Text before every source, as for T5.", show_default="as the model was trained")
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="A table of every decoding strategy instead.")] = False,
 ) -> None:
     """Turn lines on standard input into lines on standard output, in the same order.
@@ -91,7 +94,6 @@ def generate(
 
     from dragoman.data.reading import read_lines
     from dragoman.inference.arguments import parse_generation_options
-    from dragoman.inference.languages import choose_languages
     from dragoman.inference.translate import compare_strategies, load, translate_stream
 
     own_options = [name for parameter in context.command.params for name in parameter.opts]
@@ -100,13 +102,14 @@ def generate(
         raise ValueError("--compare shows one output per strategy; leave out --nbest and --scores")
     disable_progress_bar()
     loaded, tokenizer = load(model, device)
-    if source_lang is not None or target_lang is not None:
-        options = {**choose_languages(tokenizer, source_lang, target_lang), **options}
+    rows: dict[str, Any] = {"source_lang": source_lang, "target_lang": target_lang, "source_prefix": source_prefix}
     if seed is not None:
         set_seed(seed)
     if compare:
         sentences = list(read_lines("-"))
-        outputs = compare_strategies(loaded, tokenizer, sentences, batch_size=batch_size, scores=False, **options)
+        outputs = compare_strategies(
+            loaded, tokenizer, sentences, **rows, batch_size=batch_size, scores=False, **options
+        )
         table = Table("source", "strategy", "output")
         for number, sentence in enumerate(sentences):
             for strategy, hypotheses in outputs.items():
@@ -120,6 +123,7 @@ def generate(
         tokenizer,
         read_lines("-"),
         window=1 if sys.stdin.isatty() else 2048,
+        **rows,
         batch_size=batch_size,
         num_return_sequences=nbest,
         scores=scores,
@@ -154,6 +158,11 @@ def evaluate(
         ),
     ] = None,
     references_column: Annotated[str, typer.Option(help="Column to score against.")] = "target",
+    source_lang: Annotated[str | None, typer.Option(help="For rows without such a column.")] = None,
+    target_lang: Annotated[str | None, typer.Option(help="The same for the output.")] = None,
+    source_prefix: Annotated[
+        str | None, typer.Option(help="Text before every source, as for T5.", show_default="as the model was trained")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences decoded together.")] = 32,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
@@ -179,6 +188,9 @@ def evaluate(
         data if target is None else [data, target],
         folder,
         references_column=references_column,
+        source_lang=source_lang,
+        target_lang=target_lang,
+        source_prefix=source_prefix,
         batch_size=batch_size,
         seed=seed,
         device=device,

@@ -12,7 +12,8 @@ import dragoman.cli
 from conversion.stock import TOKENIZERS, save_with_tokenizer
 from dragoman.conversion import convert
 from dragoman.data.collators import Seq2SeqCollator, encode_pairs
-from dragoman.inference.languages import choose_languages
+from dragoman.data.languages import encode_texts
+from dragoman.inference.languages import language_argument, language_id
 from dragoman.inference.translate import load, translate
 
 
@@ -71,15 +72,18 @@ def test_languages_are_chosen_by_their_codes(name, source, target, argument, tmp
     save_with_tokenizer(name, tmp_path / "stock")
     folder = convert(tmp_path / "stock", tmp_path / "converted").folder
     model, tokenizer = load(folder, device="cpu")
-    settings = choose_languages(tokenizer, source, target)
+    before = (tokenizer.src_lang, tokenizer.tgt_lang)
     code = tokenizer.get_lang_id(target) if name == "m2m100" else tokenizer.convert_tokens_to_ids(target)
-    assert settings == {argument: code}
+    assert language_argument(tokenizer) == argument
+    assert language_id(tokenizer, target) == code
+    found = translate(model, tokenizer, SENTENCES, source_lang=source, target_lang=target, max_length=7, scores=False)
+    assert (tokenizer.src_lang, tokenizer.tgt_lang) == before
+    tokenizer.src_lang = source
     batch = tokenizer(SENTENCES, return_tensors="pt", padding=True)
     assert tokenizer.convert_tokens_to_ids(f"__{source}__" if name == "m2m100" else source) in batch.input_ids[0]
     stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "stock").eval()
-    expected = stock.generate(**batch, **settings, max_length=7)
+    expected = stock.generate(**batch, **{argument: code}, max_length=7)
     assert (expected[:, 0 if name == "mbart" else 1] == code).all()
-    found = translate(model, tokenizer, SENTENCES, **settings, max_length=7, scores=False)
     for hypotheses, row in zip(found, expected.tolist(), strict=True):
         assert hypotheses[0].token_ids == row[1 : 1 + len(hypotheses[0].token_ids)]
 
@@ -89,15 +93,53 @@ def test_languages_are_chosen_by_their_codes(name, source, target, argument, tmp
     assert result.stdout.splitlines() == [hypotheses[0].text for hypotheses in found]
     result = CliRunner().invoke(dragoman.cli.app, [*command[:3], "klingon"])
     assert result.exit_code == 2
-    assert "dragoman generate: the tokenizer does not know the language 'klingon': " in result.stderr
+    assert "dragoman generate: the tokenizer does not know the source language 'klingon': " in result.stderr
 
 
-def test_one_language_may_be_chosen_alone():
+@pytest.mark.parametrize(("name", "source", "target", "argument"), LANGUAGES)
+def test_each_row_may_have_its_own(name, source, target, argument, tmp_path):
+    """Two directions in one batch against the stock class, one direction at a time."""
+    save_with_tokenizer(name, tmp_path / "stock")
+    model, tokenizer = load(convert(tmp_path / "stock", tmp_path / "converted").folder, device="cpu")
+    sources, targets = [source, target, target], [target, source, target]
+    settings = {"num_beams": 3, "max_length": 7, "scores": False}
+    found = translate(model, tokenizer, SENTENCES, source_lang=sources, target_lang=targets, **settings)
+    stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "stock").eval()
+    for sentence, source_lang, target_lang, (best,) in zip(SENTENCES, sources, targets, found, strict=True):
+        tokenizer.src_lang = source_lang
+        batch = tokenizer([sentence], return_tensors="pt")
+        first = {argument: language_id(tokenizer, target_lang)}
+        (row,) = stock.generate(**batch, **first, num_beams=3, max_length=7).tolist()
+        assert best.token_ids == row[1 : 1 + len(best.token_ids)]
+        assert [best.start_id, *best.token_ids][argument == "forced_bos_token_id"] == first[argument]
+
+
+def test_labels_of_many_languages(tmp_path):
+    """Every row's codes where the tokenizer puts them, and the tokenizer as it was afterwards."""
+    rows = [
+        {"source": text, "target": text, "source_lang": source, "target_lang": target}
+        for text, (source, target) in zip(SENTENCES, [("en", "it"), ("it", "de"), ("en", "de")], strict=True)
+    ]
+    (tmp_path / "files").mkdir()
+    tokenizer = TOKENIZERS["m2m100"][2](tmp_path / "files")
+    encoded, _ = encode_pairs(Dataset.from_list(rows), tokenizer)
+    for row, ids in zip(rows, encoded, strict=True):
+        tokenizer.src_lang, tokenizer.tgt_lang = row["source_lang"], row["target_lang"]
+        both = tokenizer(row["source"], text_target=row["target"])
+        assert (ids["input_ids"], ids["labels"]) == (both.input_ids, both.labels)
+        assert ids["labels"][0] == tokenizer.get_lang_id(row["target_lang"])
+    with pytest.raises(ValueError, match="pair 2: the tokenizer does not know the target language 'xx': "):
+        encode_pairs(Dataset.from_list([rows[0], {**rows[1], "target_lang": "xx"}]), tokenizer)
+
+
+def test_one_language_may_be_chosen_alone(tmp_path):
     tokenizer = TOKENIZERS["mbart50"][2](None)
-    assert choose_languages(tokenizer, source_lang="it_IT") == {}
-    assert tokenizer.convert_ids_to_tokens(tokenizer("a").input_ids)[0] == "it_IT"
-    with pytest.raises(ValueError, match="a T5Tokenizer has no languages to choose from; tokenizers of M2M100, NLLB"):
-        choose_languages(TOKENIZERS["t5"][2](None), target_lang="it")
+    (ids,) = encode_texts(tokenizer, "source", ["a"], ["it_IT"])
+    assert tokenizer.convert_ids_to_tokens(ids)[0] == "it_IT"
+    with pytest.raises(
+        ValueError, match="target_lang is 'it', but the model's tokenizer has no target languages: leave"
+    ):
+        encode_texts(TOKENIZERS["t5"][2](None), "target", ["a"], ["it"])
 
 
 @pytest.mark.parametrize("name", ["mbart", "mbart50", "nllb", "marian with two vocabularies"])

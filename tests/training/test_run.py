@@ -79,8 +79,8 @@ def test_a_finished_folder_is_complete(finished):
 
 
 def test_it_loads_and_translates_in_three_lines(finished, capsys):
-    exec("\n".join(line.strip() for line in run.usage(finished, "uno due", "AutoTokenizer").splitlines()), {})
     model, tokenizer = load(finished)
+    exec("\n".join(line.strip() for line in run.usage(finished, tokenizer, {"source": "uno due"}).splitlines()), {})
     best = translate(model, tokenizer, ["uno due"])[0][0]
     assert capsys.readouterr().out == best.text + "\n"
 

@@ -13,6 +13,7 @@ import torch
 from datasets import IterableDataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
+from dragoman.data.languages import Side, check_language, encode_texts
 from dragoman.data.reading import Pairs
 from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
 
@@ -65,7 +66,8 @@ def encode_pairs(
     """Turn text pairs into token ids.
 
     Args:
-        dataset: columns `source` and `target`, as `read_pairs` gives them.
+        dataset: columns `source` and `target`, as `read_pairs` gives them; where it has them also `source_lang` and
+            `target_lang`, codes of languages, and `source_prefix`, text that is put before the source.
         processing_class: a tokenizer for both sides, or a `DragomanProcessor`.
         max_source_length, max_target_length: in tokens, the final `</s>` included; None is no limit.
         overlong: what to do with a pair of which a side is longer: `"error"`, `"drop"`, or `"truncate"` (but not the
@@ -156,14 +158,16 @@ class _Encoder:
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Encode; `dropped` is the reason to drop a row, `truncated` names the sides cut, or they are empty."""
-        source_tokenizer, target_tokenizer = source_and_target_tokenizer(self.processing_class)
+        source_tokenizer, _ = source_and_target_tokenizer(self.processing_class)
+        prefixes = batch.get("source_prefix") or [""] * len(indices)
+        prefixed = [prefix + source for prefix, source in zip(prefixes, batch["source"], strict=True)]
         outcome: dict[str, list[Any]] = {name: [] for name in (*ENCODED_COLUMNS, "dropped", "truncated")}
         rows = zip(
             indices,
             batch["source"],
             batch["target"],
-            source_tokenizer(batch["source"]).input_ids,
-            target_tokenizer(text_target=batch["target"]).input_ids,
+            self._encode("source", prefixed, batch, indices),
+            self._encode("target", batch["target"], batch, indices),
             strict=True,
         )
         for index, source, target, input_ids, labels in rows:
@@ -198,6 +202,15 @@ class _Encoder:
             outcome["dropped"].append(dropped)
             outcome["truncated"].append(" and ".join(cut))
         return outcome
+
+    def _encode(self, side: Side, texts: list[str], batch: dict[str, list[Any]], indices: list[int]) -> list[list[int]]:
+        codes = batch.get(f"{side}_lang") or [None] * len(texts)
+        for code in dict.fromkeys(codes):
+            try:
+                check_language(self.processing_class, side, code)
+            except ValueError as error:
+                raise ValueError(f"pair {indices[codes.index(code)] + 1}: {error}") from error
+        return encode_texts(self.processing_class, side, texts, codes)
 
     def _advice(self, sentence: str) -> str:
         if self.option_prefix is None:

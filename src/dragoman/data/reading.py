@@ -24,6 +24,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, Value, load_from_dis
 
 logger = logging.getLogger(__name__)
 
+# The columns of a pair, besides the two texts, that tell how it is encoded.
+SETTING_COLUMNS = ("source_lang", "target_lang", "source_prefix")
 EMBEDDED_DIR = Path(__file__).parent / "embedded"
 EMBEDDED_PREFIX = "embedded:"
 # Of two such cells a first line may be a heading; the pair is kept, with a warning.
@@ -59,6 +61,8 @@ def read_pairs(
 
     Returns:
         `Dataset`, or `IterableDataset` when streaming, with the string columns `source` and `target`; others are kept.
+        Three of those have a meaning wherever pairs are encoded: `source_lang` and `target_lang`, the codes of the
+        languages of a pair, and `source_prefix`, what is put before its source. Every row or none has each of them.
 
     Raises:
         FileNotFoundError: no such path; names what lies there under a similar name.
@@ -80,6 +84,32 @@ def read_pairs(
     if columns != ("source", "target"):
         raise ValueError(f"parallel text files have no column names, so {columns} cannot be chosen in {paths[0]}")
     return _pairs_of_rows(tuple(_existing(path) for path in paths), columns, streaming)
+
+
+def with_settings(
+    pairs: Pairs, where: str, *, source_lang: str | None, target_lang: str | None, source_prefix: str | None
+) -> Pairs:
+    """Pairs whose languages and prefix are the same in every row; None leaves a column as it is.
+
+    Args:
+        where: what the pairs are called in an error.
+
+    Raises:
+        ValueError: the rows have one of their own.
+    """
+    settings = {"source_lang": source_lang, "target_lang": target_lang, "source_prefix": source_prefix}
+    given = {name: value for name, value in settings.items() if value is not None}
+    names = pairs.column_names or list(next(iter(pairs)))
+    for name, value in given.items():
+        if name in names:
+            raise ValueError(f"{where} has a column {name!r}, so a {name} for all of it ({value!r}) must be left out")
+    if not given:
+        return pairs
+
+    def columns(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
+        return {name: [value] * len(batch["source"]) for name, value in given.items()}
+
+    return pairs.map(columns, batched=True)
 
 
 def read_lines(path: str | Path = "-") -> Iterator[str]:
@@ -108,6 +138,10 @@ def _pairs_of_rows(paths: tuple[Path, ...], columns: tuple[str, str], streaming:
             table[name] = [None] * count
         for name, values in table.items():
             values.append(row.get(name))
+    for name in SETTING_COLUMNS:
+        missing = [row + 1 for row, value in enumerate(table.get(name, ())) if not isinstance(value, str)]
+        if missing:
+            raise ValueError(f"{paths[0]}: pair {missing[0]} has no text as its {name!r}, which other pairs have")
     try:
         return Dataset.from_dict(table)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -224,7 +258,7 @@ def _pairs_of_dataset(dataset: Pairs, where: str, columns: tuple[str, str], stre
         )
     if len(dataset) == 0:
         raise ValueError(f"{where} holds no pairs")
-    for column in ("source", "target"):
+    for column in ("source", "target", *(name for name in SETTING_COLUMNS if name in dataset.column_names)):
         field = dataset.features[column]
         if not isinstance(field, Value) or field.dtype not in ("string", "large_string"):
             raise ValueError(f"{where}: the column {column!r} holds {field} instead of strings")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -23,14 +24,22 @@ logger = logging.getLogger(__name__)
 
 BOS, PAD, EOS, UNK = SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 BYTES = 256
-# Splits "<s>" and the like behind the "<": their spellings are entries of the vocabulary, which a text must not reach.
-SPELLED_OUT = pre_tokenizers.Split(Regex(r"<(?=(?:s|pad|/s|unk)>)"), behavior="isolated")
-
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 
 
+def language_token(code: str) -> str:
+    """The special token of a language: `it` -> `<it>`."""
+    return f"<{code}>"
+
+
 def train_tokenizer(
-    texts: Iterable[str], kind: str = "bpe", vocab_size: int = 8000, extra_special_tokens: Sequence[str] = ()
+    texts: Iterable[str],
+    kind: str = "bpe",
+    vocab_size: int = 8000,
+    extra_special_tokens: Sequence[str] = (),
+    *,
+    source_languages: Sequence[str] = (),
+    target_languages: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer. The same texts in the same order give the same tokenizer.
 
@@ -52,6 +61,8 @@ def train_tokenizer(
         extra_special_tokens: further reserved tokens with the ids from 4 on, for example language codes `>>it<<`.
             Where there are none, `<s>` and the like in a text are read as ordinary text. Where there are some, a text
             is searched for special tokens, so that `">>it<< hello"` begins with the code.
+        source_languages, target_languages: codes of the languages of each side. Their tokens (`language_token`) are
+            special, and the codes are saved with the tokenizer, for `encode_texts` and all that encodes and decodes.
 
     Returns:
         A tokenizer with `len(tokenizer)` ids.
@@ -61,7 +72,9 @@ def train_tokenizer(
     """
     if kind not in KINDS:
         raise ValueError(f"the kind of tokenizer is {kind!r}; it can be {', '.join(KINDS)}")
-    reserved = [*SPECIAL_TOKENS, *extra_special_tokens]
+    tokens = [language_token(code) for code in sorted({*source_languages, *target_languages})]
+    extra = [*(token for token in extra_special_tokens if token not in tokens), *tokens]
+    reserved = [*SPECIAL_TOKENS, *extra]
     if len(set(reserved)) != len(reserved):
         raise ValueError(f"special tokens must differ from each other and from {', '.join(SPECIAL_TOKENS)}: {reserved}")
     minimum = len(reserved) + (BYTES if kind == "bpe" else 1)
@@ -92,17 +105,19 @@ def train_tokenizer(
     backend.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, SPECIAL_TOKENS.index(EOS))]
     )
+    languages = {"source_languages": source_languages, "target_languages": target_languages}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=BOS,
         pad_token=PAD,
         eos_token=EOS,
         unk_token=UNK,
-        extra_special_tokens=list(extra_special_tokens),
-        split_special_tokens=not extra_special_tokens,
+        extra_special_tokens=extra,
+        split_special_tokens=not extra,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         padding_side="right",
+        **{name: list(codes) for name, codes in languages.items() if codes},
     )
 
 
@@ -118,6 +133,8 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast | DragomanProcessor:
     """Train the tokenizer(s) of a set of pairs, as `read_pairs` gives them. A stream is read once per tokenizer.
 
+    Languages are collected from the columns `source_lang` and `target_lang`, task prefixes from `source_prefix`.
+
     Args:
         joint: one vocabulary for both sides, trained on sources and targets; else a `DragomanProcessor` of two.
         target_kind, target_vocab_size: where the target's differ from `kind` and `vocab_size`; only with `joint=False`.
@@ -125,14 +142,21 @@ def build_tokenizer(
     Raises:
         ValueError: as `train_tokenizer`, or target settings with a joint vocabulary.
     """
+    if joint and (target_kind is not None or target_vocab_size is not None):
+        raise ValueError("a joint vocabulary has no target_kind or target_vocab_size; they are for joint=False")
+    codes = {f"{side}_languages": _codes(dataset, f"{side}_lang") for side in ("source", "target")}
     if joint:
-        if target_kind is not None or target_vocab_size is not None:
-            raise ValueError("a joint vocabulary has no target_kind or target_vocab_size; they are for joint=False")
-        return train_tokenizer(_column_texts(dataset, "source", "target"), kind, vocab_size, extra_special_tokens)
+        texts = _column_texts(dataset, "source", "target")
+        return train_tokenizer(texts, kind, vocab_size, extra_special_tokens, **codes)
+    of_source, of_target = ({name: codes[name]} for name in codes)
     return DragomanProcessor(
-        train_tokenizer(_column_texts(dataset, "source"), kind, vocab_size, extra_special_tokens),
+        train_tokenizer(_column_texts(dataset, "source"), kind, vocab_size, extra_special_tokens, **of_source),
         train_tokenizer(
-            _column_texts(dataset, "target"), target_kind or kind, target_vocab_size or vocab_size, extra_special_tokens
+            _column_texts(dataset, "target"),
+            target_kind or kind,
+            target_vocab_size or vocab_size,
+            extra_special_tokens,
+            **of_target,
         ),
     )
 
@@ -161,6 +185,12 @@ def source_and_target_tokenizer(
     return processing_class, processing_class
 
 
+def _spelled_out(reserved: list[str]) -> pre_tokenizers.PreTokenizer:
+    """Splits "<s>" and the like behind the "<": they are entries of the vocabulary, which a text must not reach."""
+    rest = "|".join(re.escape(token[1:]) for token in reserved if token.startswith("<"))
+    return pre_tokenizers.Split(Regex(f"<(?={rest})"), behavior="isolated")
+
+
 def _byte_level_bpe(vocab_size: int, reserved: list[str]) -> tuple[Tokenizer, trainers.Trainer]:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -175,7 +205,7 @@ def _byte_level_bpe(vocab_size: int, reserved: list[str]) -> tuple[Tokenizer, tr
 
 def _unigram(vocab_size: int, reserved: list[str]) -> tuple[Tokenizer, trainers.Trainer]:
     backend = Tokenizer(models.Unigram())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), SPELLED_OUT])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), _spelled_out(reserved)])
     backend.decoder = decoders.Metaspace()
     return backend, trainers.UnigramTrainer(
         vocab_size=vocab_size, special_tokens=reserved, unk_token=UNK, show_progress=False
@@ -199,7 +229,7 @@ def _sort_unigram(backend: Tokenizer, reserved: int) -> None:
 
 def _word(vocab_size: int, reserved: list[str]) -> tuple[Tokenizer, trainers.Trainer]:
     backend = Tokenizer(models.WordLevel(unk_token=UNK))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), SPELLED_OUT])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), _spelled_out(reserved)])
     return backend, trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=reserved, show_progress=False)
 
 
@@ -221,7 +251,16 @@ KINDS: dict[str, Callable[[int, list[str]], tuple[Tokenizer, trainers.Trainer]]]
 def _column_texts(dataset: Pairs, *columns: str) -> Iterator[str]:
     for batch in dataset.iter(batch_size=1000):
         for column in columns:
+            if column == "source":
+                yield from dict.fromkeys(batch.get("source_prefix", ()))  # each once: they need not be frequent
             yield from batch[column]
+
+
+def _codes(dataset: Pairs, column: str) -> list[str]:
+    """The languages in a column; none where there is no such column."""
+    if column not in (dataset.column_names or next(iter(dataset))):
+        return []
+    return sorted({code for batch in dataset.iter(batch_size=1000) for code in batch[column]})
 
 
 def _refuse_emptiness(texts: Iterable[str]) -> Iterator[str]:

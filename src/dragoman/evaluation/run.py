@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from rich import box
 from rich.table import Table
 
-from dragoman.data.reading import read_pairs
+from dragoman.data.reading import SETTING_COLUMNS, read_pairs, with_settings
 from dragoman.evaluation.scores import check_metrics, compute_scores, headline
 from dragoman.inference.strategies import strategy_arguments
 from dragoman.inference.translate import check_generation_arguments, load, score, translate
@@ -31,6 +31,9 @@ def evaluate_model(
     metrics: Sequence[str] = ("bleu", "chrf", "diversity"),
     strategies: Sequence[str] = ("default",),
     references_column: str = "target",
+    source_lang: str | None = None,
+    target_lang: str | None = None,
+    source_prefix: str | None = None,
     batch_size: int = 32,
     seed: int = 0,
     device: str | None = None,
@@ -50,6 +53,8 @@ def evaluate_model(
         strategies: as in `strategy_arguments`: `"default"` (the settings saved with the model), `"greedy"`,
             `"beam:num_beams=8,length_penalty=0.8"`, ...
         references_column: column to score against; each of its values is a text or a list of accepted ones.
+        source_lang, target_lang, source_prefix: as in `translate`, for every row; what the rows have in columns of
+            these names is used without being given here.
         batch_size: sentences decoded together.
         seed: of the random numbers, set anew for each strategy; the caller's are left as they were.
         device, dtype: as in `load`.
@@ -70,12 +75,15 @@ def evaluate_model(
     check_metrics(metrics)
     table = {name: strategy_arguments(name, **generation_arguments) for name in strategies}
     data_name = "a dataset in memory" if isinstance(data, Dataset | IterableDataset) else str(data)
-    pairs = read_pairs(data)
+    pairs = with_settings(
+        read_pairs(data), data_name, source_lang=source_lang, target_lang=target_lang, source_prefix=source_prefix
+    )
     if isinstance(pairs, IterableDataset):
         pairs = Dataset.from_list(list(pairs))
     if references_column not in pairs.column_names:
         raise ValueError(f"{data_name} has no column {references_column!r}: it has {', '.join(pairs.column_names)}.")
     sources, references = pairs["source"][:], pairs[references_column][:]
+    rows: dict[str, Any] = {name: pairs[name][:] for name in SETTING_COLUMNS if name in pairs.column_names}
     loaded, processing_class = load(model, device, dtype)
     for arguments in table.values():
         check_generation_arguments(loaded, arguments)
@@ -100,21 +108,33 @@ def evaluate_model(
         "strategies": {},
     }
     # The first call of anything is slower: keep that out of the first strategy's seconds.
-    translate(loaded, processing_class, sources[:batch_size], batch_size=batch_size, max_new_tokens=2, scores=False)
+    first = {name: values[:batch_size] for name, values in rows.items()}
+    translate(
+        loaded, processing_class, sources[:batch_size], **first, batch_size=batch_size, max_new_tokens=2, scores=False
+    )
     for name, arguments in table.items():
         with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
             torch.manual_seed(seed)
             start = time.perf_counter()
             outputs = translate(
-                loaded, processing_class, sources, batch_size=batch_size, scores=False, progress=progress, **arguments
+                loaded,
+                processing_class,
+                sources,
+                **rows,
+                batch_size=batch_size,
+                scores=False,
+                progress=progress,
+                **arguments,
             )
             seconds = time.perf_counter() - start
         # Not part of the seconds: decoding needs no scores.
+        of_source = {name: values for name, values in rows.items() if name != "target_lang"}
         score(
             loaded,
             processing_class,
             sources,
             outputs,
+            **of_source,
             batch_size=batch_size,
             length_penalty=arguments.get("length_penalty"),
         )

@@ -1,58 +1,58 @@
-"""Choosing the languages of a model that has many, by the codes that its tokenizer knows."""
+"""Decoding into a language: the argument of `generate()` that says which, for one batch of several too."""
 
-import re
+from collections.abc import Sequence
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
-from dragoman.settings import did_you_mean
-
-
-# The tokenizers with languages, and the argument of generate() that says in which to decode: the code is the first
-# token that must be produced or, in mBART, the one that the decoder begins with.
-TARGET_ARGUMENTS = {
-    "M2M100Tokenizer": "forced_bos_token_id",
-    "NllbTokenizer": "forced_bos_token_id",
-    "MBart50Tokenizer": "forced_bos_token_id",
-    "MBartTokenizer": "decoder_start_token_id",
-}
+from dragoman.data.languages import languages
+from dragoman.data.tokenizers import ProcessingClass, language_token, source_and_target_tokenizer
 
 
-def choose_languages(
-    processing_class: ProcessingClass, source_lang: str | None = None, target_lang: str | None = None
-) -> dict[str, int]:
+def language_argument(processing_class: ProcessingClass) -> str | None:
+    """The argument of `generate()` for the target's language; None for a model without target languages.
+
+    Its token is the first that must be produced or, in mBART, the one that the decoder begins with.
     """
-    Set the languages of a tokenizer of M2M100, NLLB or mBART.
+    _, tokenizer = source_and_target_tokenizer(processing_class)
+    if not languages(processing_class, "target"):
+        return None
+    return "decoder_start_token_id" if type(tokenizer).__name__ == "MBartTokenizer" else "forced_bos_token_id"
+
+
+def language_id(processing_class: ProcessingClass, code: str) -> int:
+    """The id of the token of a target language, which has to be one that the tokenizer knows."""
+    _, tokenizer = source_and_target_tokenizer(processing_class)
+    if type(tokenizer).__name__ == "M2M100Tokenizer":
+        return tokenizer.get_lang_id(code)
+    ours = "target_languages" in tokenizer.init_kwargs
+    return tokenizer.get_vocab()[language_token(code) if ours else code]
+
+
+def language_arguments(argument: str, token_ids: Sequence[int]) -> dict[str, Any]:
+    """What `generate()` has to be told for rows that begin with these tokens.
 
     Args:
-        source_lang, target_lang: codes as the tokenizer has them: `it` (M2M100), `ita_Latn` (NLLB), `it_IT` (mBART).
-
-    Returns:
-        What `generate()` has to be told about the target language; nothing where that is None.
-
-    Raises:
-        ValueError: a tokenizer without languages, or a code that it does not have.
+        argument: as `language_argument` gives it.
+        token_ids: the token of each row's language, (B,).
     """
-    tokenizer, _ = source_and_target_tokenizer(processing_class)
-    argument = TARGET_ARGUMENTS.get(type(tokenizer).__name__)
-    if argument is None:
-        raise ValueError(
-            f"a {type(tokenizer).__name__} has no languages to choose from; tokenizers of M2M100, NLLB and mBART have."
-        )
-    codes = _codes(tokenizer)
-    for code in (source_lang, target_lang):
-        if code is not None and code not in codes:
-            raise ValueError(f"the tokenizer does not know the language {code!r}: {did_you_mean(code, codes)}")
-    if source_lang is not None:
-        tokenizer.src_lang = source_lang
-    if target_lang is None:
-        return {}
-    tokenizer.tgt_lang = target_lang
-    ids = tokenizer(text_target="a").input_ids  # the code stands before the text or, in mBART, at the very end
-    return {argument: ids[0] if ids[-1] == tokenizer.eos_token_id else ids[-1]}
+    if len(set(token_ids)) == 1:
+        return {argument: token_ids[0]}
+    if argument == "decoder_start_token_id":
+        return {argument: list(token_ids)}
+    return {"logits_processor": LogitsProcessorList([ForcedFirstTokens(token_ids)])}
 
 
-def _codes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    if type(tokenizer).__name__ == "M2M100Tokenizer":
-        return list(tokenizer.lang_code_to_id)
-    return [token for token in tokenizer.all_special_tokens if re.fullmatch(r"[a-z]{2,3}_[A-Z][A-Za-z]+", token)]
+class ForcedFirstTokens(LogitsProcessor):
+    """`forced_bos_token_id` with a token for each row of the batch; beams and samples of a row share its token."""
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self.token_ids = torch.tensor(token_ids)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Decoder ids (N, t), scores (N, V), N a multiple of the rows -> scores (N, V)"""
+        if input_ids.shape[1] > 1:
+            return scores
+        token_ids = self.token_ids.to(scores.device).repeat_interleave(len(scores) // len(self.token_ids))
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_ids[:, None], 0.0)

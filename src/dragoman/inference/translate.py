@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from dragoman.data.batching import map_in_batches
+from dragoman.data.languages import OF_CHECKPOINTS, Side, check_language, default_language, encode_texts, saved_prefix
 from dragoman.data.tokenizers import ProcessingClass, load_tokenizer, source_and_target_tokenizer
 from dragoman.inference.arguments import check_combination, check_token_ids
+from dragoman.inference.languages import language_argument, language_arguments, language_id
 from dragoman.inference.strategies import STRATEGIES, strategy_arguments
 from dragoman.settings import did_you_mean
 
@@ -115,6 +117,9 @@ def translate(
     processing_class: ProcessingClass,
     sentences: Sequence[str],
     *,
+    source_lang: str | Sequence[str] | None = None,
+    target_lang: str | Sequence[str] | None = None,
+    source_prefix: str | Sequence[str] | None = None,
     batch_size: int = 32,
     num_return_sequences: int = 1,
     scores: bool = True,
@@ -126,6 +131,9 @@ def translate(
     Args:
         model, processing_class: as `load` gives them.
         sentences: the inputs; one that is empty or only spaces gives empty outputs.
+        source_lang, target_lang: for a model with languages, their codes: one for all sentences, or one for each.
+        source_prefix: text before every sentence (or before each its own), such as T5's "translate English to
+            German: "; None takes the one that the model was trained with, if there is one.
         batch_size: sentences decoded together; they are sorted by length first.
         num_return_sequences: outputs per sentence, the best first; more than one needs beams or sampling.
         scores: compute `score` and `log_probability`, by one more pass over each output.
@@ -137,8 +145,9 @@ def translate(
         `num_return_sequences` hypotheses per sentence, in the order of the sentences.
 
     Raises:
-        ValueError: unknown argument of `generate`; something that is no string; a source longer than the model's
-            learned positions; a tokenizer whose ids the model does not have.
+        ValueError: unknown argument of `generate`; something that is no string; a language that the model does not
+            have, or none where it has several; a source longer than the model's learned positions; a tokenizer whose
+            ids the model does not have.
     """
     return list(
         translate_stream(
@@ -146,6 +155,9 @@ def translate(
             processing_class,
             sentences,
             window=max(len(sentences), 1),
+            source_lang=source_lang,
+            target_lang=target_lang,
+            source_prefix=source_prefix,
             batch_size=batch_size,
             num_return_sequences=num_return_sequences,
             scores=scores,
@@ -161,6 +173,9 @@ def translate_stream(
     sentences: Iterable[str],
     *,
     window: int = 2048,
+    source_lang: str | Sequence[str] | None = None,
+    target_lang: str | Sequence[str] | None = None,
+    source_prefix: str | Sequence[str] | None = None,
     batch_size: int = 32,
     num_return_sequences: int = 1,
     scores: bool = True,
@@ -176,6 +191,8 @@ def translate_stream(
     sentences as they come.
     """
     check_generation_arguments(model, generation_arguments, num_return_sequences)
+    first_tokens = _first_tokens(model, processing_class, sentences, target_lang, generation_arguments)
+    encoded = _encode(model, processing_class, sentences, window, source_lang, source_prefix)
     source_tokenizer, target_tokenizer = source_and_target_tokenizer(processing_class)
     # generate() lets max_new_tokens win over max_length wherever the two come from; here the call's own one wins.
     if "max_new_tokens" in generation_arguments:
@@ -194,22 +211,28 @@ def translate_stream(
         disable=not progress,
     )
     tools = (model, source_tokenizer, target_tokenizer)
+    argument = language_argument(processing_class)
     length_penalty = generation_arguments.get("length_penalty")
     task = bar.add_task("", total=len(sentences) if isinstance(sentences, Sequence) else None)
 
-    def decode(batch: list[list[int]]) -> list[list[Hypothesis]]:
-        sources = [ids for ids in batch if ids]
-        found = iter(_decode_batch(*tools, sources, num_return_sequences, generation_arguments) if sources else [])
-        outputs = [next(found) if ids else [Hypothesis("", []) for _ in range(num_return_sequences)] for ids in batch]
+    def decode(batch: list[tuple[list[int], int | None]]) -> list[list[Hypothesis]]:
+        sources = [ids for ids, _ in batch]
+        starts = [token for ids, token in batch if ids and token is not None]
+        arguments = {**generation_arguments, **(language_arguments(argument, starts) if argument and starts else {})}
+        full = [ids for ids in sources if ids]
+        found = iter(_decode_batch(*tools, full, num_return_sequences, arguments) if full else [])
+        outputs = [next(found) if ids else [Hypothesis("", []) for _ in range(num_return_sequences)] for ids in sources]
         if scores:
-            _score_batch(model, source_tokenizer, batch, outputs, length_penalty)
+            _score_batch(model, source_tokenizer, sources, outputs, length_penalty)
         bar.advance(task, len(batch))
         return outputs
 
     def run() -> Iterator[list[Hypothesis]]:
         with bar:
-            encoded = _encode(model, source_tokenizer, sentences, window)
-            yield from map_in_batches(encoded, decode, length=len, batch_size=batch_size, window=window)
+            rows = zip(encoded, first_tokens, strict=False)  # one token for all of a stream has no end
+            yield from map_in_batches(
+                rows, decode, length=lambda row: len(row[0]), batch_size=batch_size, window=window
+            )
 
     return run()
 
@@ -220,6 +243,8 @@ def score(
     sentences: Sequence[str],
     outputs: Sequence[list[Hypothesis]],
     *,
+    source_lang: str | Sequence[str] | None = None,
+    source_prefix: str | Sequence[str] | None = None,
     batch_size: int = 32,
     length_penalty: float | None = None,
 ) -> None:
@@ -228,6 +253,7 @@ def score(
     Args:
         model, processing_class, sentences: what the outputs come from.
         outputs: hypotheses of each sentence; only their `start_id` and `token_ids` are read.
+        source_lang, source_prefix: as they were for `translate`.
         batch_size: sentences scored together.
         length_penalty: as in `generate`; None takes the model's.
     """
@@ -238,7 +264,7 @@ def score(
         _score_batch(model, source_tokenizer, list(sources), list(hypotheses), length_penalty)
         return [None] * len(batch)
 
-    sources = _encode(model, source_tokenizer, sentences, max(len(sentences), 1))
+    sources = _encode(model, processing_class, sentences, max(len(sentences), 1), source_lang, source_prefix)
     pairs = zip(sources, outputs, strict=True)
     for _ in map_in_batches(pairs, score_batch, length=lambda pair: len(pair[0]), batch_size=batch_size):
         pass
@@ -250,6 +276,9 @@ def compare_strategies(
     sentences: Sequence[str],
     strategies: Sequence[str] = tuple(STRATEGIES),
     *,
+    source_lang: str | Sequence[str] | None = None,
+    target_lang: str | Sequence[str] | None = None,
+    source_prefix: str | Sequence[str] | None = None,
     batch_size: int = 32,
     scores: bool = True,
     **generation_arguments: Any,
@@ -270,7 +299,17 @@ def compare_strategies(
         check_generation_arguments(model, settings)
     outputs = {}
     for strategy, settings in table.items():
-        found = translate(model, processing_class, sentences, batch_size=batch_size, scores=scores, **settings)
+        found = translate(
+            model,
+            processing_class,
+            sentences,
+            source_lang=source_lang,
+            target_lang=target_lang,
+            source_prefix=source_prefix,
+            batch_size=batch_size,
+            scores=scores,
+            **settings,
+        )
         outputs[strategy] = [best for best, *_ in found]
     return outputs
 
@@ -304,34 +343,90 @@ def check_generation_arguments(
         )
 
 
-def _encode(model: Any, tokenizer, sentences: Iterable[str], window: int) -> Iterator[list[int]]:
-    """Source ids of each sentence, [] for an empty one; reads exactly one window ahead."""
+def _each(name: str, value: str | Sequence[str] | None, sentences: Iterable[str]) -> Iterator[str | None]:
+    """The value of each sentence: its own, or the one of all."""
+    if value is None or isinstance(value, str):
+        return repeat(value)
+    if not isinstance(sentences, Sequence) or len(value) != len(sentences):
+        count = len(sentences) if isinstance(sentences, Sequence) else "a stream of"
+        raise ValueError(f"{name} has {len(value)} values for {count} sentences: give one for all, or one for each.")
+    return iter(value)
+
+
+def _check_languages(processing_class: ProcessingClass, side: Side, value: str | Sequence[str] | None) -> None:
+    for code in dict.fromkeys([value] if value is None or isinstance(value, str) else value):
+        check_language(processing_class, side, code)
+
+
+def _first_tokens(
+    model: Any,
+    processing_class: ProcessingClass,
+    sentences: Iterable[str],
+    target_lang: str | Sequence[str] | None,
+    generation_arguments: Mapping[str, Any],
+) -> Iterator[int | None]:
+    """The token of each sentence's target language; None where `generate` knows what to begin with."""
+    argument = language_argument(processing_class)
+    if target_lang is None:
+        settings = {**model.generation_config.to_dict(), **generation_arguments}
+        _, tokenizer = source_and_target_tokenizer(processing_class)
+        if argument is None or settings[argument] is not None or type(tokenizer).__name__ in OF_CHECKPOINTS:
+            return repeat(None)
+        _check_languages(processing_class, "target", None)
+        target_lang = default_language(processing_class, "target")
+    elif argument is not None and generation_arguments.get(argument) is not None:
+        raise ValueError(f"target_lang={target_lang!r} decides {argument}: give one of the two.")
+    _check_languages(processing_class, "target", target_lang)
+    codes = _each("target_lang", target_lang, sentences)
+    return (language_id(processing_class, str(code)) for code in codes)
+
+
+def _encode(
+    model: Any,
+    processing_class: ProcessingClass,
+    sentences: Iterable[str],
+    window: int,
+    source_lang: str | Sequence[str] | None = None,
+    source_prefix: str | Sequence[str] | None = None,
+) -> Iterator[list[int]]:
+    """Source ids of each sentence, [] for an empty one; reads exactly one window ahead; checks languages at once."""
+    _check_languages(processing_class, "source", source_lang)
+    if source_prefix is None:
+        source_prefix = saved_prefix(processing_class)
     settings = model.config.to_dict()
     limit = settings.get("max_position_embeddings")
     if settings.get("position_embedding_type", "learned") != "learned":
         limit = None  # the other types count on without end
     vocab_size = model.get_encoder().get_input_embeddings().num_embeddings
-    stream, line = iter(sentences), 0
-    while chunk := list(islice(stream, window)):
-        for number, sentence in enumerate(chunk, start=line + 1):
-            if not isinstance(sentence, str):
-                raise ValueError(f"line {number} is {sentence!r}: each has to be a string.")
-        for sentence, ids in zip(chunk, tokenizer(chunk).input_ids, strict=True):
-            line += 1
-            if not sentence.strip():
-                ids = []
-            where = f"line {line} ({sentence[:30] + '…' if len(sentence) > 30 else sentence!r})"
-            if limit is not None and len(ids) > limit:
-                raise ValueError(
-                    f"{where} has {len(ids)} tokens, but the model has learned positions for {limit}: "
-                    "split it into shorter ones."
-                )
-            if ids and max(ids) >= vocab_size:
-                raise ValueError(
-                    f"{where} has the token id {max(ids)}, but the model's source vocabulary has the ids 0 to "
-                    f"{vocab_size - 1}: the tokenizer does not belong to this model."
-                )
-            yield ids
+    codes = _each("source_lang", source_lang, sentences)
+    prefixes = _each("source_prefix", source_prefix, sentences)
+
+    def run() -> Iterator[list[int]]:
+        stream, line = iter(sentences), 0
+        while chunk := list(islice(stream, window)):
+            for number, sentence in enumerate(chunk, start=line + 1):
+                if not isinstance(sentence, str):
+                    raise ValueError(f"line {number} is {sentence!r}: each has to be a string.")
+            texts = [f"{prefix}{sentence}" for sentence, prefix in zip(chunk, prefixes, strict=False)]
+            encoded = encode_texts(processing_class, "source", texts, list(islice(codes, len(chunk))))
+            for sentence, ids in zip(chunk, encoded, strict=True):
+                line += 1
+                if not sentence.strip():
+                    ids = []
+                where = f"line {line} ({sentence[:30] + '…' if len(sentence) > 30 else sentence!r})"
+                if limit is not None and len(ids) > limit:
+                    raise ValueError(
+                        f"{where} has {len(ids)} tokens, but the model has learned positions for {limit}: "
+                        "split it into shorter ones."
+                    )
+                if ids and max(ids) >= vocab_size:
+                    raise ValueError(
+                        f"{where} has the token id {max(ids)}, but the model's source vocabulary has the ids 0 to "
+                        f"{vocab_size - 1}: the tokenizer does not belong to this model."
+                    )
+                yield ids
+
+    return run()
 
 
 @torch.no_grad()

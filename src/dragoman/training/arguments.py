@@ -55,6 +55,10 @@ class DataArguments:
     empty: Literal["error", "drop"] = "error"
     source_column: str = "source"
     target_column: str = "target"
+    # For rows without columns of these names; each holds for all three sets.
+    source_lang: str | None = None  # code of the language
+    target_lang: str | None = None
+    source_prefix: str | None = None  # put before every source, and saved with the model for later ones
 
 
 @dataclass(kw_only=True)

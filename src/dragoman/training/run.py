@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -25,6 +25,7 @@ from transformers import (
     EarlyStoppingCallback,
     GenerationConfig,
     PreTrainedModel,
+    ProcessorMixin,
     ProgressCallback,
     Seq2SeqTrainer,
     TrainerCallback,
@@ -34,14 +35,22 @@ from transformers import (
 )
 
 from dragoman.data.collators import Seq2SeqCollator, encode_pairs
-from dragoman.data.reading import read_pairs
-from dragoman.data.tokenizers import ProcessingClass, build_tokenizer, load_tokenizer, source_and_target_tokenizer
+from dragoman.data.languages import default_language, save_prefix, trained_languages
+from dragoman.data.reading import read_pairs, with_settings
+from dragoman.data.tokenizers import (
+    ProcessingClass,
+    build_tokenizer,
+    language_token,
+    load_tokenizer,
+    source_and_target_tokenizer,
+)
 from dragoman.evaluation.scores import build_compute_metrics, compute_scores, headline
 from dragoman.inference.arguments import check_token_ids
+from dragoman.inference.languages import language_argument, language_id
 from dragoman.training.arguments import Experiment, load_experiment
 from dragoman.training.card import decoding_name, write_card
 from dragoman.training.push import check_token, one_sentence_for_hub_errors, push
-from dragoman.training.trainer import ScheduledSamplingTrainer
+from dragoman.training.trainer import LanguagesTrainer, ScheduledSamplingTrainer
 
 
 EXPERIMENT_FILE = "experiment.yaml"
@@ -93,9 +102,13 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     callbacks: list[TrainerCallback] = [companion]
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
-    trainer_class: Callable[..., Seq2SeqTrainer] = Seq2SeqTrainer
+    trainer_class: Callable[..., Seq2SeqTrainer] = partial(LanguagesTrainer, argument=language_argument(tokenizer))
     if arguments.teacher_forcing_schedule is not None:
-        trainer_class = partial(ScheduledSamplingTrainer, schedule=arguments.teacher_forcing_schedule)
+        trainer_class = partial(
+            ScheduledSamplingTrainer,
+            argument=language_argument(tokenizer),
+            schedule=arguments.teacher_forcing_schedule,
+        )
     with one_sentence_for_hub_errors(arguments.hub_model_id or output.name):
         trainer = trainer_class(
             model=model,
@@ -133,8 +146,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     for name, value in scores.items():
         say(f"test {name}: {value:.2f} ({decoding_name(model.generation_config)})")
     say(f"\nThe model is in {output}. To use it in Python:\n")
-    auto_class = "AutoTokenizer" if len(sizes) == 1 else "AutoProcessor"
-    say(usage(output, pairs["train"]["source"][0], auto_class), highlight=False, markup=False)
+    say(usage(output, tokenizer, pairs["train"][0]), highlight=False, markup=False)
     return output
 
 
@@ -165,6 +177,9 @@ def build_model(experiment: Experiment, tokenizer: ProcessingClass, longest_targ
         )
     model = AutoModelForSeq2SeqLM.from_config(config)
     settings = experiment.generation.given()
+    only = default_language(tokenizer, "target")
+    if only is not None and language_argument(tokenizer) == "forced_bos_token_id":
+        settings.setdefault("forced_bos_token_id", language_id(tokenizer, only))
     check_token_ids(settings, len(target), "generation.")
     if "max_new_tokens" not in settings:
         settings.setdefault("max_length", math.ceil(LENGTH_MARGIN * longest_target) + 1)  # + 1: the start token
@@ -180,15 +195,24 @@ def last_complete_checkpoint(output: Path) -> Path | None:
     return max(checkpoints, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def usage(output: Path, sentence: str, auto_class: str) -> str:
-    """Three lines of Python, of Transformers alone, that load a model folder and translate a sentence."""
-    model, tokenizer = (
-        f"transformers.{auto}.from_pretrained({str(output)!r})" for auto in ("AutoModelForSeq2SeqLM", auto_class)
+def usage(output: Path, tokenizer: ProcessingClass, pair: Mapping[str, str]) -> str:
+    """Three lines of Python, of Transformers alone, that load a model folder and translate the source of a pair."""
+    two = isinstance(tokenizer, ProcessorMixin)
+    text = pair.get("source_prefix", "") + pair["source"]
+    into = ""
+    if trained_languages(tokenizer, "source"):
+        text = language_token(pair["source_lang"]) + text
+    if trained_languages(tokenizer, "target"):
+        target = "tokenizer.target_tokenizer" if two else "tokenizer"
+        into = f", forced_bos_token_id={target}.convert_tokens_to_ids({language_token(pair['target_lang'])!r})"
+    auto_model, auto_tokenizer = (
+        f"transformers.{auto}.from_pretrained({str(output)!r})"
+        for auto in ("AutoModelForSeq2SeqLM", "AutoProcessor" if two else "AutoTokenizer")
     )
     return (
         "    import dragoman, transformers\n"
-        f"    model, tokenizer = {model}, {tokenizer}\n"
-        f"    print(tokenizer.decode(model.generate(**tokenizer({sentence!r}, return_tensors='pt'))[0], "
+        f"    model, tokenizer = {auto_model}, {auto_tokenizer}\n"
+        f"    print(tokenizer.decode(model.generate(**tokenizer({text!r}, return_tensors='pt'){into})[0], "
         "skip_special_tokens=True))"
     )
 
@@ -298,7 +322,13 @@ def _read(experiment: Experiment) -> dict[str, Dataset]:
     data = experiment.data
     specs = {split: getattr(data, split) for split in SPLITS}
     return {
-        split: read_pairs(spec, source_column=data.source_column, target_column=data.target_column)
+        split: with_settings(
+            read_pairs(spec, source_column=data.source_column, target_column=data.target_column),
+            f"data.{split}",
+            source_lang=data.source_lang,
+            target_lang=data.target_lang,
+            source_prefix=data.source_prefix,
+        )
         for split, spec in specs.items()
         if spec is not None
     }
@@ -323,12 +353,12 @@ def _tokenizer(experiment: Experiment, pairs: Dataset, checkpoint: Path | None) 
     path = settings.pop("path")
     if checkpoint is not None:
         return load_tokenizer(checkpoint)
-    if path is not None:
-        return load_tokenizer(path)
     try:
-        return build_tokenizer(pairs, **settings)
+        tokenizer = load_tokenizer(path) if path is not None else build_tokenizer(pairs, **settings)
     except ValueError as error:
         raise ValueError(f"tokenizer: {error}") from error
+    save_prefix(tokenizer, experiment.data.source_prefix)
+    return tokenizer
 
 
 def _encode(
