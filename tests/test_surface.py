@@ -64,6 +64,7 @@ def test_command_line():
             "text",
         ],
         "masks": ["--device", "--out", "--target", "model", "texts"],
+        "demo": ["--device", "--host", "--port", "models"],
         "convert": ["--dtype", "--revision", "output", "source"],
         "push": ["--message", "--private", "--revision", "model", "repository"],
     }

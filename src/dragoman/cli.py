@@ -265,6 +265,22 @@ def masks(
 
 
 @app.command()
+def demo(
+    models: Annotated[list[str], typer.Argument(help="Folders of trained models, or their names on the Hub.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 7860,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+) -> None:
+    """Serve a page on which to try models, and to see where they look."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from dragoman.apps.demo import serve
+
+    disable_progress_bar()
+    serve(models, host, port, device)
+
+
+@app.command()
 def convert(
     source: Annotated[
         str, typer.Argument(help="Folder of a Marian, BART, T5, ... checkpoint, or its name on the Hub.")

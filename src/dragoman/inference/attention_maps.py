@@ -118,14 +118,30 @@ def attention_map(
         raise ValueError("rows='fed' is for rows of the output; those of kind='encoder' are tokens of the source.")
     if target is not None and generation_arguments:
         raise ValueError(f"with a target nothing is decoded: leave out {', '.join(generation_arguments)}.")
-    input_ids, fed_ids, predicted_ids = encode_pair(model, processing_class, source, target, **generation_arguments)
+    pair = encode_pair(model, processing_class, source, target, **generation_arguments)
+    return map_of_ids(model, processing_class, *pair, kind, layer, head, rows)
+
+
+def map_of_ids(
+    model: PreTrainedModel,
+    processing_class: ProcessingClass,
+    input_ids: list[int],
+    fed_ids: list[int],
+    predicted_ids: list[int],
+    kind: str = "cross",
+    layer: int | None = None,
+    head: int | None = None,
+    rows: str = "predicted",
+) -> AttentionMap:
+    """The same for token ids, as `encode_pair` gives them."""
+    check_choices(model, kind, layer, head)
     source_tokenizer, target_tokenizer = source_and_target_tokenizer(processing_class)
     of_source, of_fed = pieces(source_tokenizer, input_ids), pieces(target_tokenizer, fed_ids)
-    of_predicted = pieces(target_tokenizer, predicted_ids)
+    of_output = pieces(target_tokenizer, predicted_ids) if rows == "predicted" else of_fed
     queries, keys = {
-        "cross": (of_predicted if rows == "predicted" else of_fed, of_source),
+        "cross": (of_output, of_source),
         "encoder": (of_source, of_source),
-        "decoder": (of_predicted if rows == "predicted" else of_fed, of_fed),
+        "decoder": (of_output, of_fed),
     }[kind]
     weights = forced_attention(model, torch.tensor([input_ids]), torch.tensor([fed_ids]))[kind]
     return AttentionMap(
@@ -137,7 +153,7 @@ def attention_map(
         column_words=words(keys),
         layer=layer,
         head=head,
-        source=source,
+        source=str(source_tokenizer.decode(input_ids, skip_special_tokens=True)),
         target=str(target_tokenizer.decode(predicted_ids, skip_special_tokens=True)),
     )
 
