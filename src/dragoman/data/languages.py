@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dragoman.data.tokenizers import ProcessingClass, language_token, source_and_target_tokenizer
@@ -123,20 +124,29 @@ def _speaking(tokenizer: PreTrainedTokenizerBase, side: Side, code: str | None) 
         setattr(tokenizer, attribute, before)
 
 
-def add_languages(processing_class: ProcessingClass, side: Side, codes: Sequence[str]) -> None:
-    """Let a side use languages whose tokens the vocabulary has already from the other side.
+def set_languages(processing_class: ProcessingClass, pairs: Dataset) -> None:
+    """Make the languages of these pairs those of the tokenizer: what it will be saved with.
+
+    A tokenizer trained here gets those that it has tokens for, but knows from the other side alone. A checkpoint's is
+    set to the language of a side if it is the same in all pairs.
 
     Raises:
-        ValueError: there is no such token.
+        ValueError: there is no token for a language.
     """
-    tokenizer = source_and_target_tokenizer(processing_class)[side == "target"]
-    known = languages(processing_class, side)
-    new = [code for code in codes if code not in known]
-    for code in new:
-        if language_token(code) not in tokenizer.extra_special_tokens:
-            check_language(processing_class, side, code)
-    if new:
-        tokenizer.init_kwargs[f"{side}_languages"] = sorted([*known, *new])
+    sides: list[tuple[Side, str]] = [("source", "src_lang"), ("target", "tgt_lang")]
+    for side, attribute in sides:
+        if f"{side}_lang" not in pairs.column_names:
+            continue
+        codes = pairs.unique(f"{side}_lang")
+        tokenizer = source_and_target_tokenizer(processing_class)[side == "target"]
+        known = trained_languages(processing_class, side)
+        for code in codes:
+            if language_token(code) not in tokenizer.extra_special_tokens:
+                check_language(processing_class, side, code)
+        if type(tokenizer).__name__ not in OF_CHECKPOINTS:
+            tokenizer.init_kwargs[f"{side}_languages"] = sorted({*known, *codes})
+        elif len(codes) == 1:
+            setattr(tokenizer, attribute, codes[0])
 
 
 def saved_prefix(processing_class: ProcessingClass) -> str:

@@ -70,7 +70,7 @@ def load(
         if not isinstance(torch.__dict__.get(dtype), torch.dtype):
             raise ValueError(f"dtype {dtype!r} is unknown: use float32, bfloat16 or float16.")
         dtype = torch.__dict__[dtype]
-    folder = _folder(model)
+    folder = model_folder(model)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model (config.json is missing).")
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
@@ -93,7 +93,12 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from error
 
 
-def _folder(model: str | Path) -> Path:
+def model_folder(model: str | Path) -> Path:
+    """The folder of a saved model: itself, or where its name on the Hub is downloaded to.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
     folder, name = Path(model).expanduser(), str(model)
     is_path = isinstance(model, Path) or name.count("/") > 1 or name.startswith((".", "/", "~"))
     if (folder / "config.json").is_file() or (folder.is_dir() and is_path):

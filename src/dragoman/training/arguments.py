@@ -4,6 +4,7 @@ The file has five sections, each checked key by key and type by type before anyt
 
     model:       preset: modern            # configs/models/modern.yaml, merged under the keys given here
                  d_model: 128              # any field of the configuration class, but what the tokenizer decides
+          or     from_pretrained: runs/opus-en-it   # a Dragoman model with its tokenizer; then dropouts alone
     data:        DataArguments
     tokenizer:   TokenizerArguments
     generation:  GenerationArguments       # saved with the model as its defaults for generate()
@@ -14,6 +15,7 @@ Every mistake is a ValueError of one sentence: the file, the key, and what is al
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dragoman.evaluation.scores import check_metrics
 from dragoman.inference.arguments import GenerationArguments, check_combination, check_generation
+from dragoman.inference.translate import model_folder
 from dragoman.models.scheduled_sampling import teacher_forcing_schedule
 from dragoman.settings import check_key, nearest, one_line, parse_mapping, parse_yaml, typed
 
@@ -156,6 +159,16 @@ _FROM_THE_TOKENIZER = (
     "eos_token_id",
     "decoder_start_token_id",
 )
+# What may be changed of a model that starts from a checkpoint: it decides nothing but how it is trained on.
+_OF_TRAINING = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "final_dropout",
+    "layerdrop",
+    "label_smoothing",
+    "teacher_forcing_ratio",
+)
 _SECTIONS: dict[str, type] = {
     "data": DataArguments,
     "tokenizer": TokenizerArguments,
@@ -168,7 +181,10 @@ _WITHOUT_VALIDATION = {"eval_strategy": "no", "load_best_model_at_end": False, "
 
 @dataclass(kw_only=True)
 class Experiment:
-    """A checked experiment. `model` holds `model_type` and the keys given for its configuration class."""
+    """
+    A checked experiment. `model` holds `model_type`, the keys given for its configuration class and, for one that
+    starts from a checkpoint, `from_pretrained`.
+    """
 
     model: dict[str, Any]
     data: DataArguments
@@ -190,10 +206,11 @@ class Experiment:
 def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
     """Read a YAML file, apply overrides such as `training.learning_rate=2e-3` (values are YAML too), check it all.
 
-    The override `model.preset=NAME` takes the place of the file's whole model section.
+    The override `model.preset=NAME` takes the place of the file's whole model section, and `model.from_pretrained=PATH`
+    of its tokenizer section too.
 
     Raises:
-        FileNotFoundError: the file does not exist.
+        FileNotFoundError: the file does not exist, or the checkpoint to start from.
         ValueError: not YAML, a key twice, an unknown or missing key, a value of the wrong type or out of range.
     """
     path = Path(path)
@@ -204,17 +221,24 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
             raise ValueError(f"{path}: section '{name}' must hold 'key: value' lines, got {keys!r}")
     sections = {name: dict(written.get(name) or {}) for name in ("model", *_SECTIONS)}
     changes = [_parse_override(override, list(sections)) for override in overrides]
-    if any((section, key) == ("model", "preset") for section, key, _ in changes):
+    keys_changed = {(section, key) for section, key, _ in changes}
+    if keys_changed & {("model", "preset"), ("model", "from_pretrained")}:
         sections["model"] = {}  # the sizes of another architecture would be wrong here, or unknown
+    if ("model", "from_pretrained") in keys_changed:
+        sections["tokenizer"] = {}
     for section, key, value in changes:
         sections[section][key] = value
-    overridden = {(section, key) for section, key, _ in changes}
 
     def where(section: str, key: str) -> str:
-        return f"override {section}.{key}: " if (section, key) in overridden else f"{path}: "
+        return f"override {section}.{key}: " if (section, key) in keys_changed else f"{path}: "
 
     sections["model"] = _checked_model(sections["model"], where)
     _build_config(sections["model"], f"{path}: model")
+    for key in sections["tokenizer"] if "from_pretrained" in sections["model"] else ():
+        raise ValueError(
+            f"{where('tokenizer', key)}tokenizer.{key} must be left out: a model that starts from a checkpoint "
+            "(model.from_pretrained) keeps its tokenizer"
+        )
     sections["training"].setdefault("output_dir", f"runs/{path.stem}")
     built: dict[str, Any] = {}
     for name, section_class in _SECTIONS.items():
@@ -256,6 +280,8 @@ def _parse_override(override: str, sections: list[str]) -> tuple[str, str, Any]:
 
 def _checked_model(given: dict[str, Any], where: Callable[[str, str], str]) -> dict[str, Any]:
     """The model section with its preset merged in, `model_type` first."""
+    if "from_pretrained" in given:
+        return _checked_checkpoint(given, where)
     keys = {key: value for key, value in given.items() if key != "preset"}
     if "preset" in given:
         keys = _read_preset(str(given["preset"]), where("model", "preset")) | keys
@@ -270,6 +296,35 @@ def _checked_model(given: dict[str, Any], where: Callable[[str, str], str]) -> d
         check_key(key, valid, where("model", key), "model.")
         keys[key] = typed(keys[key], hints[config_class.attribute_map.get(key, key)], name)
     return keys
+
+
+def _checked_checkpoint(given: dict[str, Any], where: Callable[[str, str], str]) -> dict[str, Any]:
+    """A model section that names a checkpoint to start from."""
+    name = f"{where('model', 'from_pretrained')}model.from_pretrained"
+    start = typed(given["from_pretrained"], str, name)
+    try:
+        folder = model_folder(start)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: {error}") from error
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{name}: {folder} holds no model (config.json is missing)")
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type not in ("dragoman", "dragoman_rnn"):
+        raise ValueError(
+            f"{name}: {start} holds a model of type {model_type!r}; convert it first, with "
+            f"'dragoman convert {start} FOLDER', and start from that folder"
+        )
+    hints = get_type_hints(_config_class(model_type, ""), localns={"torch": torch})
+    valid = [key for key in _OF_TRAINING if key in hints]
+    keys = {key: value for key, value in given.items() if key not in ("from_pretrained", "model_type")}
+    for key, value in keys.items():
+        if key not in valid:
+            raise ValueError(
+                f"{where('model', key)}model.{key} is the checkpoint's own beside model.from_pretrained; what can be "
+                f"changed is {', '.join(valid)}"
+            )
+        keys[key] = typed(value, hints[key], f"{where('model', key)}model.{key}")
+    return {"model_type": model_type, "from_pretrained": start, **keys}
 
 
 def _checked_section(
@@ -332,7 +387,10 @@ def _config_keys(config_class: type[PreTrainedConfig]) -> list[str]:
 
 
 def _build_config(keys: dict[str, Any], where: str, **more: Any) -> PreTrainedConfig:
-    values = {key: value for key, value in keys.items() if key != "model_type"}
+    values = {key: value for key, value in keys.items() if key not in ("model_type", "from_pretrained")}
+    if "from_pretrained" in keys:
+        saved, _ = PreTrainedConfig.get_config_dict(model_folder(keys["from_pretrained"]))
+        values = {**saved, **values}
     try:
         return CONFIG_MAPPING[keys["model_type"]](**values, **more)
     except (StrictDataclassError, ValueError) as error:

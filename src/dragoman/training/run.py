@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich.console import Console
@@ -35,7 +36,7 @@ from transformers import (
 )
 
 from dragoman.data.collators import Seq2SeqCollator, encode_pairs
-from dragoman.data.languages import default_language, save_prefix, trained_languages
+from dragoman.data.languages import save_prefix, set_languages, trained_languages
 from dragoman.data.reading import read_pairs, with_settings
 from dragoman.data.tokenizers import (
     ProcessingClass,
@@ -47,6 +48,8 @@ from dragoman.data.tokenizers import (
 from dragoman.evaluation.scores import build_compute_metrics, compute_scores, headline
 from dragoman.inference.arguments import check_token_ids
 from dragoman.inference.languages import language_argument, language_id
+from dragoman.inference.translate import model_folder
+from dragoman.settings import one_line
 from dragoman.training.arguments import Experiment, load_experiment
 from dragoman.training.card import decoding_name, write_card
 from dragoman.training.push import check_token, one_sentence_for_hub_errors, push
@@ -92,7 +95,9 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     tokenizer = _shared_tokenizer(experiment, pairs["train"], checkpoint)
     compute_metrics = build_compute_metrics(tokenizer, arguments.metrics) if arguments.predict_with_generate else None
     encoded = _encode(experiment, pairs, tokenizer, say)
-    model = build_model(experiment, tokenizer, longest_target=max(map(len, encoded["train"]["labels"])))
+    longest_target = max(map(len, encoded["train"]["labels"]))
+    codes = pairs["train"].unique("target_lang") if "target_lang" in pairs["train"].column_names else []
+    model = build_model(experiment, tokenizer, longest_target, codes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = [f"{len(side):,}" for side in dict.fromkeys(source_and_target_tokenizer(tokenizer))]
     say(f"vocabulary: {f'{sizes[0]} source, {sizes[1]} target' if len(sizes) == 2 else f'{sizes[0]} joint'}")
@@ -150,17 +155,56 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     return output
 
 
-def build_model(experiment: Experiment, tokenizer: ProcessingClass, longest_target: int) -> PreTrainedModel:
-    """A fresh model for this tokenizer, whose `generate()` by default stops well after the longest training target.
+def build_model(
+    experiment: Experiment, tokenizer: ProcessingClass, longest_target: int, target_languages: Sequence[str] = ()
+) -> PreTrainedModel:
+    """A model, fresh or from a checkpoint, whose `generate()` by default stops well after the longest training target.
 
     Args:
         longest_target: tokens of the longest training target, `</s>` included.
+        target_languages: those of the training pairs; a single one becomes what `generate()` decodes into by default.
 
     Raises:
         ValueError: the configuration class refuses the sizes, or shares one embedding table between two vocabularies;
-            the generation section has an id that the tokenizer does not.
+            the generation section has an id that the tokenizer does not, or does not go with the checkpoint's settings.
     """
     source, target = source_and_target_tokenizer(tokenizer)
+    settings = experiment.generation.given()
+    argument = language_argument(tokenizer)
+    if argument is not None and len(target_languages) == 1:
+        settings.setdefault(argument, language_id(tokenizer, target_languages[0]))
+    elif argument == "forced_bos_token_id" and target_languages:
+        settings.setdefault(argument, None)  # what a checkpoint has saved is one of them
+    length = math.ceil(LENGTH_MARGIN * longest_target) + 1  # + 1: the start token
+    start = experiment.model.get("from_pretrained")
+    if start is not None:
+        config = experiment.model_config()
+        check_token_ids(settings, config.vocab_size, "generation.")
+        model = AutoModelForSeq2SeqLM.from_pretrained(model_folder(start), config=config, dtype=torch.float32)
+        saved = model.generation_config.to_dict()
+        if "max_new_tokens" in settings:
+            settings["max_length"] = None
+        else:
+            settings.setdefault("max_length", max(length, saved["max_length"] or (saved["max_new_tokens"] or 0) + 1))
+            settings["max_new_tokens"] = None
+        model.generation_config = GenerationConfig.from_dict({**saved, **settings})
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError as error:
+            raise ValueError(f"generation, with what {start} has saved: {one_line(error)}") from error
+    else:
+        check_token_ids(settings, len(target), "generation.")
+        model, special_ids = _fresh_model(experiment, source, target)
+        if "max_new_tokens" not in settings:
+            settings.setdefault("max_length", length)
+        model.generation_config = GenerationConfig(**special_ids, **settings)
+    # Tied weights are saved once. Named here, the Trainer does not take them for missing when it reloads a checkpoint.
+    model._keys_to_ignore_on_save.update(model.all_tied_weights_keys)
+    return model
+
+
+def _fresh_model(experiment: Experiment, source: Any, target: Any) -> tuple[PreTrainedModel, dict[str, int]]:
+    """A model with random weights for these tokenizers, and the ids of their special tokens."""
     special_ids = {
         "bos_token_id": target.bos_token_id,
         "pad_token_id": target.pad_token_id,
@@ -175,18 +219,7 @@ def build_model(experiment: Experiment, tokenizer: ProcessingClass, longest_targ
         raise ValueError(
             "two vocabularies cannot share embeddings: set model.share_embeddings=false or tokenizer.joint=true"
         )
-    model = AutoModelForSeq2SeqLM.from_config(config)
-    settings = experiment.generation.given()
-    only = default_language(tokenizer, "target")
-    if only is not None and language_argument(tokenizer) == "forced_bos_token_id":
-        settings.setdefault("forced_bos_token_id", language_id(tokenizer, only))
-    check_token_ids(settings, len(target), "generation.")
-    if "max_new_tokens" not in settings:
-        settings.setdefault("max_length", math.ceil(LENGTH_MARGIN * longest_target) + 1)  # + 1: the start token
-    model.generation_config = GenerationConfig(**special_ids, **settings)
-    # Tied weights are saved once. Named here, the Trainer does not take them for missing when it reloads a checkpoint.
-    model._keys_to_ignore_on_save.update(model.all_tied_weights_keys)
-    return model
+    return AutoModelForSeq2SeqLM.from_config(config), special_ids
 
 
 def last_complete_checkpoint(output: Path) -> Path | None:
@@ -353,8 +386,11 @@ def _tokenizer(experiment: Experiment, pairs: Dataset, checkpoint: Path | None) 
     path = settings.pop("path")
     if checkpoint is not None:
         return load_tokenizer(checkpoint)
+    if "from_pretrained" in experiment.model:
+        path = model_folder(experiment.model["from_pretrained"])
     try:
         tokenizer = load_tokenizer(path) if path is not None else build_tokenizer(pairs, **settings)
+        set_languages(tokenizer, pairs)
     except ValueError as error:
         raise ValueError(f"tokenizer: {error}") from error
     save_prefix(tokenizer, experiment.data.source_prefix)
