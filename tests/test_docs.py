@@ -1,0 +1,109 @@
+"""The guides are true: each is followed from top to bottom, with tiny models and few steps."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import MarianConfig, MarianMTModel
+from typer.testing import CliRunner
+
+import dragoman.cli
+from dragoman.data.tokenizers import train_tokenizer
+from dragoman.training.arguments import load_experiment
+from dragoman.training.run import train
+from hub.server import USER, serve, used_here
+from training.experiments import WORDS, write_experiment, write_pairs
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a page in their order, each with its language."""
+    return re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def run_line(line: str) -> str:
+    """One line of a bash block, in this process: `dragoman ...`, perhaps after `echo TEXT |`."""
+    echo, _, command = line.rpartition("|")
+    program, *arguments = shlex.split(command)
+    assert program == "dragoman", line
+    text = " ".join(shlex.split(echo)[1:]) + "\n" if echo else ""
+    result = CliRunner().invoke(dragoman.cli.app, arguments, input=text)
+    assert result.exit_code == 0, f"{line}: {result.output}"
+    return result.stdout
+
+
+def stock_marian(folder: Path) -> Path:
+    """What stands for a checkpoint on the Hub."""
+    tokenizer = train_tokenizer(WORDS, "word")
+    sizes = {"d_model": 12, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 17, "decoder_ffn_dim": 19}
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    torch.manual_seed(0)
+    model = MarianMTModel(MarianConfig(vocab_size=len(tokenizer), forced_eos_token_id=None, **sizes, **heads, **ids))
+    model.generation_config.max_length = 9
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_fine_tuning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stock = stock_marian(tmp_path / "stock")
+    for number, split in enumerate(("train", "validation", "test")):
+        write_pairs(tmp_path / f"{split}.jsonl", 6, first=6 * number)
+    page = blocks("fine_tuning.md")
+    assert [language for language, _ in page] == ["bash", "python", "bash"]
+    with serve() as hub, used_here(hub, tmp_path / "cache"):
+        for language, block in page:
+            if language == "python":
+                exec(block, {})
+                continue
+            for line in block.splitlines():
+                run_line(line.replace("Helsinki-NLP/opus-mt-en-it", str(stock)))
+        assert "model.safetensors" in hub.commits(f"{USER}/my-translator")[0].files
+    before, after = (load_file(f"runs/{name}/model.safetensors") for name in ("opus-en-it", "opus-mine"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if re.search(r"(q|k|v|o|up|down)_proj\.weight", name)}
+
+
+@pytest.mark.slow
+def test_several_processes(tmp_path):
+    """Two of them, each with half the batch, end with the weights of one."""
+    on_gpus, on_cpus = (block.strip() for _, block in blocks("multi_gpu.md"))
+    assert on_gpus.replace("training.bf16=true", "training.use_cpu=true") == on_cpus
+    assert (ROOT / "configs" / "quickstart.yaml").is_file()
+    # Two steps, because the last one of a pass has fewer pairs than two processes share out.
+    training = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "weight_decay": 0.0}
+    path = write_experiment(tmp_path, model={"dropout": 0.0}, training=training)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    train(load_experiment(path, [f"training.output_dir={alone}", "training.per_device_train_batch_size=8"]))
+    command = on_cpus.replace(
+        "accelerate launch", f"{sys.executable} -m accelerate.commands.launch --main_process_port 0"
+    )
+    command = command.replace("configs/quickstart.yaml", f"{path} training.output_dir={together}")
+    process = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.count("vocabulary: 11 joint") == 1  # one process speaks
+    weights, others = (load_file(folder / "model.safetensors") for folder in (alone, together))
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-5)
+    assert (alone / "test_results.json").read_text() == (together / "test_results.json").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+    assert f"docs/{page.name}" in (ROOT / "README.md").read_text()
