@@ -1,11 +1,13 @@
 """Many languages and task prefixes, from the columns of the rows to the decoded text, in both families."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LogitsProcessorList
 from typer.testing import CliRunner
 
@@ -15,8 +17,8 @@ from dragoman.data.languages import encode_texts, languages
 from dragoman.data.reading import read_pairs
 from dragoman.data.tokenizers import build_tokenizer, load_tokenizer, source_and_target_tokenizer, train_tokenizer
 from dragoman.evaluation import evaluate_model
-from dragoman.inference.languages import ForcedFirstTokens
 from dragoman.inference.translate import compare_strategies, load, translate
+from dragoman.models.pipeline_dragoman import ForcedFirstTokens
 from dragoman.training.arguments import load_experiment
 from dragoman.training.run import train, usage
 from training.experiments import SECTIONS
@@ -89,6 +91,31 @@ def trained(request, tmp_path_factory) -> Path:
 
 def texts(outputs) -> list[str]:
     return [best.text for best, *_ in outputs]
+
+
+def test_pipelines_decode_every_row_into_its_language(trained):
+    translator = dragoman.pipeline("translation", trained)
+    assert translator(ROWS, batch_size=5) == [{"translation_text": target} for target in TARGETS]
+    into_german = {"source_lang": "en", "target_lang": "de", "num_beams": 2}
+    expected = texts(translate(*load(trained), ["one two"], **into_german))
+    assert [output["translation_text"] for output in translator("one two", **into_german)] == expected
+    assert "".join(translator.stream("two", source_lang="en", target_lang="it")) == "due"
+    with pytest.raises(ValueError, match="source_lang='fr': this model takes one of en, it"):
+        translator("un", source_lang="fr", target_lang="it")
+    with pytest.raises(ValueError, match="target_lang=None: this model takes one of de, en, it"):
+        translator("one", source_lang="en")
+
+
+def test_the_card_names_the_languages_and_how_to_choose(trained, capsys):
+    text = (trained / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.language == ["en", "it", "de"]
+    assert card.data.pipeline_tag == "translation"
+    plain, with_pipeline = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    exec(plain, {})
+    assert capsys.readouterr().out == "['uno']\n"  # from the first source language to the last target language
+    exec(with_pipeline, {})
+    assert "{'generated_text': 'uno'," in capsys.readouterr().out
 
 
 def test_each_side_has_its_codes(trained):

@@ -104,6 +104,11 @@ def test_each_row_may_have_its_own(name, source, target, argument, tmp_path):
     sources, targets = [source, target, target], [target, source, target]
     settings = {"num_beams": 3, "max_length": 7, "scores": False}
     found = translate(model, tokenizer, SENTENCES, source_lang=sources, target_lang=targets, **settings)
+    triples = zip(SENTENCES, sources, targets, strict=True)
+    rows = [dict(zip(("source", "source_lang", "target_lang"), triple, strict=True)) for triple in triples]
+    translator = dragoman.pipeline("translation", model, tokenizer=tokenizer, num_beams=3, max_length=7)
+    outputs = translator(rows, batch_size=3)
+    assert [output["translation_text"] for output in outputs] == [best.text for (best,) in found]
     stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "stock").eval()
     for sentence, source_lang, target_lang, (best,) in zip(SENTENCES, sources, targets, found, strict=True):
         tokenizer.src_lang = source_lang

@@ -18,8 +18,9 @@ from dragoman.data.batching import map_in_batches
 from dragoman.data.languages import OF_CHECKPOINTS, Side, check_language, default_language, encode_texts, saved_prefix
 from dragoman.data.tokenizers import ProcessingClass, load_tokenizer, source_and_target_tokenizer
 from dragoman.inference.arguments import check_combination, check_token_ids
-from dragoman.inference.languages import language_argument, language_arguments, language_id
+from dragoman.inference.languages import language_argument, language_id
 from dragoman.inference.strategies import STRATEGIES, strategy_arguments
+from dragoman.models.pipeline_dragoman import language_arguments
 from dragoman.settings import did_you_mean
 
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForSeq2SeqLM, {auto_class}
 
 model = AutoModelForSeq2SeqLM.from_pretrained({name}, trust_remote_code=True)
 tokenizer = {auto_class}.from_pretrained({name}, trust_remote_code=True)
-inputs = tokenizer([{example}], return_tensors="pt", padding=True)
-print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))
+inputs = tokenizer([{text}], return_tensors="pt", padding=True)
+print(tokenizer.batch_decode(model.generate(**inputs{into}), skip_special_tokens=True))
 ```
 
 The same with batches, streaming, n-best lists and scores:
@@ -28,7 +28,7 @@ The same with batches, streaming, n-best lists and scores:
 from transformers import pipeline
 
 generator = pipeline("seq2seq-generation", model={name}, trust_remote_code=True)
-print(generator([{example}], batch_size=8, scores=True))
+print(generator([{example}]{languages}, batch_size=8, scores=True))
 ```
 
 `trust_remote_code=True` runs the modeling code that lies beside the weights; with the package installed,
@@ -53,7 +53,7 @@ def write_card(folder: Path, name: str | None = None, example: str | None = None
         example = example or before.data.get("widget", [{}])[0].get("text")
     example = example or "Hello"
     experiment = _yaml(folder / "experiment.yaml")
-    languages = _languages(experiment)
+    languages = _languages(folder, experiment)
     task = "translation" if len(languages) > 1 else "text2text-generation"
     results = _results(folder, experiment, task)
     metrics = list(dict.fromkeys(result.metric_type for result in results))
@@ -105,9 +105,34 @@ def _description(folder: Path, experiment: dict[str, Any]) -> str:
 
 
 def _usage(folder: Path, name: str | None, example: str) -> str:
-    auto_class = "AutoProcessor" if (folder / "target_tokenizer").is_dir() else "AutoTokenizer"
-    name, example = (json.dumps(text, ensure_ascii=False) for text in (name or str(folder), example))
-    return USAGE.format(auto_class=auto_class, name=name, example=example)
+    """The snippets; with languages, from the first of the source's to the last of the target's."""
+    two = (folder / "target_tokenizer").is_dir()
+    source, target = _tokenizer_settings(folder, "source"), _tokenizer_settings(folder, "target")
+    text, into, languages = source.get("source_prefix", "") + example, "", ""
+    if codes := source.get("source_languages"):
+        text, languages = f"<{codes[0]}>{text}", f", source_lang={_quoted(codes[0])}"
+    if codes := target.get("target_languages"):
+        tokenizer = "tokenizer.target_tokenizer" if two else "tokenizer"
+        into = f", forced_bos_token_id={tokenizer}.convert_tokens_to_ids({_quoted(f'<{codes[-1]}>')})"
+        languages += f", target_lang={_quoted(codes[-1])}"
+    return USAGE.format(
+        auto_class="AutoProcessor" if two else "AutoTokenizer",
+        name=_quoted(name or str(folder)),
+        text=_quoted(text),
+        into=into,
+        example=_quoted(example),
+        languages=languages,
+    )
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _tokenizer_settings(folder: Path, side: str) -> dict[str, Any]:
+    second = folder / "target_tokenizer" / "tokenizer_config.json"
+    path = second if side == "target" and second.is_file() else folder / "tokenizer_config.json"
+    return _yaml(path)
 
 
 def _results(folder: Path, experiment: dict[str, Any], task: str) -> list[EvalResult]:
@@ -152,10 +177,12 @@ def _score_tables(results: list[EvalResult]) -> str:
     return "\n\n".join(tables)
 
 
-def _languages(experiment: dict[str, Any]) -> list[str]:
-    """ISO 639 codes of the data section's languages: `it` of `it`, `it_IT`; `ita` of `ita_Latn`."""
+def _languages(folder: Path, experiment: dict[str, Any]) -> list[str]:
+    """ISO 639 codes of what the data section and the tokenizer name: `it` of `it_IT`, `ita` of `ita_Latn`."""
     data = experiment.get("data", {})
-    codes = [data.get(side) for side in ("source_lang", "target_lang")]
+    codes = [data.get(f"{side}_lang") for side in ("source", "target")]
+    for side in ("source", "target"):
+        codes += _tokenizer_settings(folder, side).get(f"{side}_languages", [])
     found = [match[0] for code in codes if code and (match := re.match("[a-z]{2,3}", code))]
     return list(dict.fromkeys(found))
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from dragoman.inference.languages import language_arguments
+from dragoman.models.pipeline_dragoman import language_arguments
 from dragoman.models.scheduled_sampling import teacher_forcing_schedule
 
 
