@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dragoman.apps.limits import Limits
+
 
 ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -278,6 +280,52 @@ def demo(
 
     disable_progress_bar()
     serve(models, host, port, device)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is everybody's network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+    max_batch_size: Annotated[int, typer.Option(help="Sentences decoded together.")] = Limits.max_batch_size,
+    max_batch_tokens: Annotated[
+        int, typer.Option(help="Source tokens decoded together, padding and beams included.")
+    ] = Limits.max_batch_tokens,
+    max_wait_ms: Annotated[
+        float, typer.Option(help="How long a sentence waits for others while the model is idle.")
+    ] = Limits.max_wait_ms,
+    max_queue: Annotated[int, typer.Option(help="Sentences that wait; more are refused.")] = Limits.max_queue,
+    timeout: Annotated[float, typer.Option(help="Seconds from a request to its answer.")] = Limits.timeout,
+    max_texts: Annotated[int, typer.Option(help="Texts of a request.")] = Limits.max_texts,
+    max_characters: Annotated[int, typer.Option(help="Characters of a text.")] = Limits.max_characters,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a text.")] = Limits.max_tokens,
+    max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = Limits.max_body_bytes,
+    max_beams: Annotated[
+        int, typer.Option(help="Also outputs per text, and candidates of contrastive search.")
+    ] = Limits.max_beams,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an output.")] = Limits.max_new_tokens,
+) -> None:
+    """Answer translation requests over HTTP, decoding those together that wait together; GET /docs explains."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from dragoman.apps.server import serve as run
+
+    disable_progress_bar()
+    limits = Limits(
+        max_batch_size=max_batch_size,
+        max_batch_tokens=max_batch_tokens,
+        max_wait_ms=max_wait_ms,
+        max_queue=max_queue,
+        timeout=timeout,
+        max_texts=max_texts,
+        max_characters=max_characters,
+        max_tokens=max_tokens,
+        max_body_bytes=max_body_bytes,
+        max_beams=max_beams,
+        max_new_tokens=max_new_tokens,
+    )
+    run(model, host=host, port=port, device=device, limits=limits)
 
 
 @app.command()

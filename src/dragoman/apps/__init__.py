@@ -1,1 +1,1 @@
-"""Programs with a face: the interactive page."""
+"""Programs around a trained model: the interactive page, the server."""
