@@ -4,6 +4,7 @@ Runs Transformers' own test-suite on every model class and prints what came of i
     python scripts/conformance.py                                            # a few minutes on two cores
     python scripts/conformance.py --output scripts/results/conformance.md    # the record that lies beside this script
     python scripts/conformance.py -k Relative                                # some of it; any pattern that pytest knows
+    python scripts/conformance.py --show                                     # that record, a line a suite and class
 
 `bash scripts/test.sh` fetches the suite and runs the fastest part of it.
 """
@@ -100,11 +101,33 @@ class Record:
         return "\n".join([*lines, *([""] if failed else []), *failed, ""])
 
 
+RECORD = ROOT / "scripts" / "results" / "conformance.md"
+
+
+def summary(record: str) -> str:
+    """The recorded table with one line for each suite and class, its recipes added up."""
+    table = record.split("\n\n")[1].splitlines()
+    counts = defaultdict(Counter)
+    for line in table[2:]:
+        suite, subject, _, *numbers, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        counts[suite, subject].update(dict(zip(OUTCOMES, map(int, numbers), strict=True)))
+    lines = ["| suite | class | passed | skipped | failed |", "|---|---|--:|--:|--:|"]
+    lines += [
+        f"| {' | '.join(row)} | {' | '.join(str(count[outcome]) for outcome in OUTCOMES)} |"
+        for row, count in counts.items()
+    ]
+    return "\n".join(lines)
+
+
 def main(
     k: Annotated[str, typer.Option("-k", help="Run the tests that match this pattern of pytest.")] = "",
     output: Annotated[Path | None, typer.Option(help="Write the table there, too.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print what was recorded instead, without the reasons.")] = False,
 ):
     """Run Transformers' own test-suite on every model class."""
+    if show:
+        print(summary(RECORD.read_text()))
+        return
     record = Record()
     os.chdir(ROOT)
     code = pytest.main(["tests/conformance/classes.py", "--tb=short", "-k", k], plugins=[record])

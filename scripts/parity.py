@@ -2,6 +2,7 @@
 
     python scripts/parity.py
     python scripts/parity.py --family t5 --output scripts/results/parity.md
+    python scripts/parity.py --show          # the record that lies beside this script, a line a family
 
 Every model has odd sizes and random numbers in every weight, norms and biases included. The rows of a family cover
 every pair of values of the switches that change its results. Each model is saved, converted, loaded again as it is and
@@ -320,11 +321,35 @@ produce the padding token: the stock M2M100 numbers positions by ids, so it woul
 """
 
 
+RECORD = Path(__file__).parent / "results" / "parity.md"
+
+
+def summary(record: str) -> str:
+    """A line for each family: its models, the largest differences among them, and whether all tokens were equal."""
+    table = [line.strip("| ").split(" | ") for line in record.splitlines() if line.startswith("|")]
+    families: dict[str, list[list[str]]] = {}
+    for name, *cells in table[2:]:
+        families.setdefault(name, []).append(cells)
+    lines = [
+        "| family | models | float64 | loss | float32 | tokens |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
+    for name, found in families.items():
+        largest = (max((cells[column] for cells in found), key=float) for column in (1, 2, 4))
+        tokens = "equal" if all(cells[5] == "equal" for cells in found) else "differ"
+        lines.append(f"| {name} | {len(found)} | {' | '.join(largest)} | {tokens} |")
+    return "\n".join(lines)
+
+
 def main(
     family: Annotated[list[str] | None, typer.Option(help="Only these; repeat for more.")] = None,
     output: Annotated[Path | None, typer.Option(help="A file for the table, besides standard output.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print what was recorded, a line a family, instead.")] = False,
 ) -> None:
     """Print the table family x switches x differences; exit status 1 if one is too large."""
+    if show:
+        print(summary(RECORD.read_text(encoding="utf-8")))
+        return
     transformers.utils.logging.disable_progress_bar()
     cases = [case for case in CASES if not family or case.family in family]
     lines = [

@@ -375,3 +375,14 @@ def test_a_prefix_for_each_row(tmp_path):
     data = tmp_path / "rows.jsonl"
     report = evaluate_model(output, data, tmp_path / "out", metrics=["exact_match"])
     assert report["strategies"]["default"]["headline"] == {"exact_match": 1.0}
+
+
+def test_both_directions(tmp_path):
+    rows = without_languages(ROWS[::3])
+    data = {**paths(tmp_path), "source_lang": "en", "target_lang": "it", "both_directions": True}
+    output = run(tmp_path, rows, data=data, training={"max_steps": 120, "eval_steps": 120, "save_steps": 120})
+    model, tokenizer = load(output, device="cpu")
+    settings = {"source_lang": ["en", "it"], "target_lang": ["it", "en"]}
+    assert texts(translate(model, tokenizer, ["two one three", "tre due"], **settings)) == ["due uno tre", "three two"]
+    with pytest.raises(ValueError, match=r"data\.both_directions: data\.train needs source_lang and target_lang"):
+        run(tmp_path / "without", rows, data={**paths(tmp_path / "without"), "both_directions": True})

@@ -96,6 +96,7 @@ def test_sections_of_an_experiment():
         "max_target_length",
         "overlong",
         "empty",
+        "both_directions",
         "source_column",
         "source_lang",
         "source_prefix",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias, cast
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, IterableDataset, Value, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, Value, concatenate_datasets, load_from_disk
 
 
 logger = logging.getLogger(__name__)
@@ -110,6 +110,23 @@ def with_settings(
         return {name: [value] * len(batch["source"]) for name, value in given.items()}
 
     return pairs.map(columns, batched=True)
+
+
+def turned_round(pairs: Dataset, where: str) -> Dataset:
+    """Every pair, and after them all every pair with its sides exchanged, for a model of both directions.
+
+    Args:
+        where: what the pairs are called in an error.
+
+    Raises:
+        ValueError: the pairs have no languages, without which nothing tells the directions apart.
+    """
+    names = ("source", "target", "source_lang", "target_lang")
+    if not {*names} <= {*pairs.column_names}:
+        raise ValueError(f"{where} needs source_lang and target_lang, or the two directions cannot be told apart")
+    pairs = pairs.select_columns(list(names))  # a prefix would name the wrong direction
+    other = pairs.rename_columns(dict(zip(names, ("target", "source", "target_lang", "source_lang"), strict=True)))
+    return concatenate_datasets([pairs, other.select_columns(list(names))])
 
 
 def read_lines(path: str | Path = "-") -> Iterator[str]:

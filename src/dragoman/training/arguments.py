@@ -61,6 +61,7 @@ class DataArguments:
     # For rows without columns of these names; each holds for all three sets.
     source_lang: str | None = None  # code of the language
     target_lang: str | None = None
+    both_directions: bool = False  # use every pair a second time, turned round with its languages
     source_prefix: str | None = None  # put before every source, and saved with the model for later ones
 
 

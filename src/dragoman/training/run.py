@@ -37,7 +37,7 @@ from transformers import (
 
 from dragoman.data.collators import Seq2SeqCollator, encode_pairs
 from dragoman.data.languages import save_prefix, set_languages, trained_languages
-from dragoman.data.reading import read_pairs, with_settings
+from dragoman.data.reading import read_pairs, turned_round, with_settings
 from dragoman.data.tokenizers import (
     ProcessingClass,
     build_tokenizer,
@@ -354,7 +354,7 @@ def _claim_output(output: Path, experiment: Experiment, overwrite: bool) -> None
 def _read(experiment: Experiment) -> dict[str, Dataset]:
     data = experiment.data
     specs = {split: getattr(data, split) for split in SPLITS}
-    return {
+    pairs = {
         split: with_settings(
             read_pairs(spec, source_column=data.source_column, target_column=data.target_column),
             f"data.{split}",
@@ -365,6 +365,9 @@ def _read(experiment: Experiment) -> dict[str, Dataset]:
         for split, spec in specs.items()
         if spec is not None
     }
+    if data.both_directions:
+        pairs = {split: turned_round(rows, f"data.both_directions: data.{split}") for split, rows in pairs.items()}
+    return pairs
 
 
 def _shared_tokenizer(experiment: Experiment, pairs: Dataset, checkpoint: Path | None) -> ProcessingClass:
