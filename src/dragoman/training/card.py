@@ -187,11 +187,12 @@ def _languages(folder: Path, experiment: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _base_model(experiment: dict[str, Any]) -> str | None:
-    """The model that was fine-tuned, where its name is one on the Hub."""
+def _base_model(experiment: dict[str, Any]) -> str | list[str] | None:
+    """The model that was fine-tuned, by its name on the Hub; of a converted one, the name of what it comes from."""
     base = str(experiment.get("model", {}).get("from_pretrained", ""))
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
-    return base if is_name else None
+    if (Path(base) / "README.md").is_file():
+        return ModelCard.load(Path(base) / "README.md").data.base_model
+    return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
 
 
 def _count_parameters(folder: Path) -> int:
