@@ -16,7 +16,7 @@ from dragoman.inference import (
     STRATEGIES,
     compare_strategies,
     load,
-    score,
+    score_hypotheses,
     strategy_arguments,
     translate,
     translate_stream,
@@ -159,7 +159,7 @@ def test_without_an_end_token_outputs_have_the_full_length():
 def test_large_vocabularies_are_scored_in_parts(tiny, monkeypatch):
     arguments = {"num_beams": 2, "num_return_sequences": 2}
     at_once = translate(*tiny, SOURCES, **arguments)
-    monkeypatch.setattr(sys.modules["dragoman.inference.translate"], "_LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(sys.modules["dragoman.inference.translate"], "LOGITS_AT_ONCE", 1)
     in_parts = translate(*tiny, SOURCES, **arguments)
     for one, other in zip(itertools.chain(*at_once), itertools.chain(*in_parts), strict=True):
         assert one.token_ids == other.token_ids
@@ -171,7 +171,7 @@ def test_scores_later(tiny):
     arguments = {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 0.3}
     outputs = translate(*tiny, sentences, scores=False, **arguments)
     assert all(hypothesis.score is hypothesis.log_probability is None for found in outputs for hypothesis in found)
-    score(*tiny, sentences, outputs, length_penalty=0.3)
+    score_hypotheses(*tiny, sentences, outputs, length_penalty=0.3)
     for found, expected in zip(outputs, translate(*tiny, sentences, **arguments), strict=True):
         assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=1e-5)
 

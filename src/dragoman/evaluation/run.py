@@ -17,7 +17,7 @@ from rich.table import Table
 from dragoman.data.reading import SETTING_COLUMNS, read_pairs, with_settings
 from dragoman.evaluation.scores import check_metrics, compute_scores, headline
 from dragoman.inference.strategies import strategy_arguments
-from dragoman.inference.translate import check_generation_arguments, load, score, translate
+from dragoman.inference.translate import check_generation_arguments, load, score_hypotheses, translate
 
 
 _PACKAGES = ("dragoman", "torch", "transformers", "tokenizers", "evaluate", "sacrebleu", "rouge-score", "jiwer")
@@ -129,7 +129,7 @@ def evaluate_model(
             seconds = time.perf_counter() - start
         # Not part of the seconds: decoding needs no scores.
         of_source = {name: values for name, values in rows.items() if name != "target_lang"}
-        score(
+        score_hypotheses(
             loaded,
             processing_class,
             sources,

@@ -7,14 +7,23 @@ from dragoman.inference.attention_maps import (
     attention_map,
     attention_of_generation,
 )
+from dragoman.inference.scoring import TargetScore, score
 from dragoman.inference.strategies import STRATEGIES, strategy_arguments
-from dragoman.inference.translate import Hypothesis, compare_strategies, load, score, translate, translate_stream
+from dragoman.inference.translate import (
+    Hypothesis,
+    compare_strategies,
+    load,
+    score_hypotheses,
+    translate,
+    translate_stream,
+)
 
 
 __all__ = [
     "STRATEGIES",
     "AttentionMap",
     "Hypothesis",
+    "TargetScore",
     "alignment_text",
     "alignments",
     "attention_map",
@@ -22,6 +31,7 @@ __all__ = [
     "compare_strategies",
     "load",
     "score",
+    "score_hypotheses",
     "strategy_arguments",
     "translate",
     "translate_stream",

@@ -25,7 +25,7 @@ from dragoman.settings import did_you_mean
 
 
 # Rows of a batch that are scored at once times target length times vocabulary: 256 MB of logits in single precision.
-_LOGITS_AT_ONCE = 2**26
+LOGITS_AT_ONCE = 2**26
 # Of a model on the Hub: configurations, weights and the files of every kind of tokenizer, but no code.
 _MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.bpe"]
 
@@ -243,7 +243,7 @@ def translate_stream(
     return run()
 
 
-def score(
+def score_hypotheses(
     model: PreTrainedModel,
     processing_class: ProcessingClass,
     sentences: Sequence[str],
@@ -446,7 +446,7 @@ def _decode_batch(
 ) -> list[list[Hypothesis]]:
     """Source ids of B sentences, none empty -> n hypotheses each, without scores."""
     batch = source_tokenizer.pad({"input_ids": sources}, return_tensors="pt").to(model.device)
-    with _evaluating(model):
+    with evaluating(model):
         sequences = model.generate(  # (B * n, 1 + T), the start token first
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -497,7 +497,7 @@ def _score_batch(
         hypothesis.log_probability = hypothesis.score = 0.0
     rows = [(ids, hypothesis) for ids, hypothesis in rows if ids and hypothesis.token_ids]
     longest = max((len(hypothesis.token_ids) for _, hypothesis in rows), default=1)
-    rows_at_once = max(1, _LOGITS_AT_ONCE // (longest * model.config.vocab_size))
+    rows_at_once = max(1, LOGITS_AT_ONCE // (longest * model.config.vocab_size))
     for start in range(0, len(rows), rows_at_once):
         part = rows[start : start + rows_at_once]
         batch = source_tokenizer.pad({"input_ids": [ids for ids, _ in part]}, return_tensors="pt").to(model.device)
@@ -506,7 +506,7 @@ def _score_batch(
         ).to(model.device)
         # What generate() began with, which need not be what training begins with: a language code, an argument
         starts = torch.tensor([[hypothesis.start_id] for _, hypothesis in part], device=model.device)
-        with _evaluating(model):
+        with evaluating(model):
             logits = model(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -520,7 +520,7 @@ def _score_batch(
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """No dropout inside; the caller's mode afterwards."""
     was_training = model.training
     model.eval()

@@ -1,0 +1,100 @@
+"""How probable a model finds targets that are given: to rerank, to filter, to find pairs that do not belong together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from dragoman.data.batching import map_in_batches
+from dragoman.data.collators import IGNORED_LABEL, Seq2SeqCollator, encode_pairs
+from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
+from dragoman.inference.translate import LOGITS_AT_ONCE, evaluating
+
+
+@dataclass
+class TargetScore:
+    """What a model says of one target, given its source.
+
+    Attributes:
+        score: what beam search ranks by: `log_probability / length ** length_penalty`, length being the number of
+            tokens. With the usual length penalty 1 it is the mean log-probability of a token.
+        log_probability: natural logarithm of the probability of the whole target: the sum over its tokens.
+        tokens: the target's tokens as its tokenizer spells them, the final `</s>` included.
+        token_log_probabilities: of each token, given the source and the tokens before it.
+    """
+
+    score: float
+    log_probability: float
+    tokens: list[str]
+    token_log_probabilities: list[float]
+
+
+def score(
+    model: PreTrainedModel,
+    processing_class: ProcessingClass,
+    pairs: Dataset,
+    *,
+    batch_size: int = 32,
+    length_penalty: float | None = None,
+    window: int = 10_000,
+) -> Iterator[TargetScore]:
+    """Score the targets of pairs by teacher forcing, without label smoothing or dropout.
+
+    A hypothesis of `generate` gets the score that beam search gave it, as long as its text encodes to the tokens that
+    were generated and nothing changed their probabilities (temperature, penalties, forced tokens).
+
+    Args:
+        model, processing_class: as `load` gives them.
+        pairs: as `read_pairs` gives them, or `Dataset.from_dict({"source": [...], "target": [...]})`; encoded as for
+            training.
+        batch_size: pairs scored together; they are sorted by length first. Long targets make batches smaller.
+        length_penalty: exponent of the length in `score`; None takes the model's own, which is 1 unless set.
+        window: pairs sorted together; the first result comes after so many.
+
+    Returns:
+        an iterator over the score of each pair, in their order. The arguments are checked at once.
+
+    Raises:
+        ValueError: a pair with an empty side; a tokenizer whose ids the model does not have; a side that is longer than
+            the model's learned positions.
+    """
+    if length_penalty is None:
+        length_penalty = model.generation_config.length_penalty
+    exponent = 1.0 if length_penalty is None else length_penalty  # 1.0: the default of generate()
+    encoded, _ = encode_pairs(pairs, processing_class, option_prefix=None)
+    collator = Seq2SeqCollator(processing_class, model)
+    _, target_tokenizer = source_and_target_tokenizer(processing_class)
+
+    def score_batch(rows: list[dict[str, Any]]) -> list[TargetScore]:
+        found = []
+        for row, values in zip(rows, _token_log_probabilities(model, collator(rows)), strict=True):
+            total = sum(values)
+            tokens = cast(list[str], target_tokenizer.convert_ids_to_tokens(row["labels"]))
+            found.append(TargetScore(total / len(tokens) ** exponent, total, tokens, values))
+        return found
+
+    return map_in_batches(
+        cast(Dataset, encoded),
+        score_batch,
+        length=lambda row: row["length"],
+        batch_size=batch_size,
+        max_tokens=max(1, LOGITS_AT_ONCE // model.config.vocab_size),
+        window=window,
+    )
+
+
+@torch.no_grad()
+def _token_log_probabilities(model: Any, batch: Any) -> list[list[float]]:
+    """A batch of the collator -> the log-probability of each label that is not padding."""
+    batch = {name: values.to(model.device) for name, values in batch.items()}
+    labels = batch.pop("labels")  # (B,T); without them the model computes no loss, and keeps to its decoder inputs
+    with evaluating(model):
+        logits = model(**batch, use_cache=False).logits  # (B,T,V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
+    )
+    return [(-row[kept]).tolist() for row, kept in zip(losses, labels != IGNORED_LABEL, strict=True)]
