@@ -261,8 +261,8 @@ def build_debian_summary(folder: Path) -> dict[str, list[Row]]:
     for origin, row in sorted(rows.values(), key=lambda item: sha1(item[1]["package"])):
         splits[_held_out(origin, SUMMARY_TEST_PERCENT, SUMMARY_VALIDATION_PERCENT)].append(row)
     typer.echo(
-        "Each text has the license of its package's packaging: the set has mixed licenses, use it where you built it and "
-        "do not publish it."
+        "Each text has the license of its package's packaging: the set has mixed licenses, use it where you built it "
+        "and do not publish it."
     )
     return splits
 

@@ -4,9 +4,13 @@ A mistake of the user's is one sentence on standard error and exit status 2; Ctr
 """
 
 import os
+import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -15,58 +19,143 @@ from dragoman.apps.limits import Limits
 
 
 ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
+# Of every mistake in the options; Typer exports only this one kind of it.
+UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 
 
 class _Commands(TyperGroup):
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _one_sentence_for_errors(lambda: "dragoman"):
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _one_sentence_for_errors(lambda: f"dragoman {ctx.invoked_subcommand or ''}".strip()):
             return super().invoke(ctx)
-        except BrokenPipeError as error:
-            # The reader (head, less) has left; without this, Python complains once more when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(141) from error
-        except (ValueError, OSError) as error:
-            message = " ".join(str(error).split())
-            print(f"dragoman {ctx.invoked_subcommand}: {message}", file=sys.stderr)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as error:
-            message = str(error) or "interrupted"
-            print(f"dragoman {ctx.invoked_subcommand}: {message}", file=sys.stderr)
-            raise typer.Exit(130) from error
 
 
-app = typer.Typer(
-    cls=_Commands,
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="Train, use and score encoder-decoder models.",
+@contextmanager
+def _one_sentence_for_errors(command: Callable[[], str]) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        # The reader (head, less) has left; without this, Python complains once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from error
+    except UsageError as error:
+        print(f"{command()}: {_usage_message(error)}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    except (ValueError, OSError) as error:
+        print(f"{command()}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        print(f"{command()}: {str(error) or 'interrupted'}", file=sys.stderr)
+        raise typer.Exit(130) from error
+
+
+def _usage_message(error: Any) -> str:
+    """Typer's message as a sentence, with the nearest valid name where one was misspelled."""
+    from dragoman.settings import nearest
+
+    message = " ".join(error.format_message().split()).rstrip(".")
+    unknown = re.match(r"No such (option|command):? '?([^\s']+)", message)
+    if unknown is None:
+        return f"{message[0].lower()}{message[1:]}; {error.ctx.command_path} --help says more"
+    kind, name = unknown.groups()
+    options = [option for parameter in error.ctx.command.params for option in parameter.opts if option.startswith("-")]
+    valid = [*options, "--help"] if kind == "option" else list(error.ctx.command.commands)
+    return f"no such {kind}: {name}; the nearest valid one is {nearest(name, valid)}"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        for package in ("dragoman", "transformers", "torch"):
+            print(package, version_of(package))
+        raise typer.Exit()
+
+
+def _quiet_bars() -> None:
+    """No bars of loading, saving and encoding between the lines of a command, nor in a file or pipe at all."""
+    from datasets.utils.logging import disable_progress_bar as disable_encoding_bar
+    from huggingface_hub.utils import disable_progress_bars as disable_transfer_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    disable_transfer_bars()
+    if not sys.stderr.isatty():
+        disable_encoding_bar()
+
+
+app = typer.Typer(cls=_Commands, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback(
+    invoke_without_command=True,
+    epilog="""\b
+Examples:
+  dragoman train configs/quickstart.yaml
+  echo "Open the settings page" | dragoman generate runs/quickstart
+
+"dragoman COMMAND --help" explains a command. Mistakes are answered in one
+sentence and with exit status 2.""",
 )
+def dragoman(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Versions of dragoman, transformers and torch."
+        ),
+    ] = False,
+) -> None:
+    """Train, use and score encoder-decoder models: translation, summarization, dialogue, text to text."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
-@app.command()
+@app.command(
+    short_help="Train a model from one YAML file.",
+    epilog="""\b
+Examples:
+  dragoman train configs/quickstart.yaml
+  dragoman train configs/quickstart.yaml training.seed=1 model.dropout=0.2
+  dragoman train configs/quickstart.yaml --resume
+
+\b
+In several processes or on several GPUs, with the same arguments:
+  accelerate launch scripts/train.py configs/quickstart.yaml""",
+)
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file as in configs/.")],
+    config: Annotated[Path, typer.Argument(help="A YAML file as in configs/, which explain their keys.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it: section.key=value", show_default=False)
+        list[str] | None,
+        typer.Argument(help="Changes to it: section.key=value, the value as in YAML.", show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what an earlier run left.")] = False,
 ) -> None:
-    """Train a model from one YAML file."""
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils.logging import disable_progress_bar
+    """Train a model from one YAML file: read the pairs, train the tokenizer and the model, test, save.
 
+    The finished model is in training.output_dir: weights, tokenizer, settings, test scores and a model card. Ctrl-C
+    saves and stops; --resume goes on from there.
+    """
     from dragoman.training.arguments import load_experiment
     from dragoman.training.run import train as run
 
-    disable_progress_bar()  # the bars of saving and loading weights, between the lines of the training's own
-    disable_progress_bars()  # and of pushing them
+    _quiet_bars()
     run(load_experiment(config, overrides or []), resume=resume, overwrite=overwrite)
 
 
-@app.command(context_settings=ANY_OPTION)
+@app.command(
+    context_settings=ANY_OPTION,
+    short_help="Turn lines into lines: translate, summarize, reply.",
+    epilog="""\b
+Examples:
+  dragoman generate runs/quickstart < lines.txt > translations.txt
+  dragoman generate runs/quickstart --num-beams 5 --nbest 3 --scores < lines.txt
+  dragoman generate runs/quickstart --do-sample --top-p 0.9 --top-k 0 < lines.txt
+  dragoman generate runs/quickstart --penalty-alpha 0.6 --top-k 4 < lines.txt
+  dragoman generate runs/quickstart --compare < lines.txt""",
+)
 def generate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
@@ -84,15 +173,14 @@ def generate(
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="A table of every decoding strategy instead.")] = False,
 ) -> None:
-    """Turn lines on standard input into lines on standard output, in the same order.
+    """Turn lines on standard input into lines on standard output, in the same order; an empty line stays empty.
 
-    Every argument of generate() is an option too: --num-beams 4, --do-sample --top-p 0.9 --top-k 0,
-    --penalty-alpha 0.6 --top-k 4.
+    Every argument of Transformers' generate() is an option too, with its name in hyphens: --num-beams, --do-sample,
+    --max-new-tokens, --repetition-penalty, ... What is not given is as the model was saved.
     """
     from rich.console import Console
     from rich.table import Table
     from transformers import set_seed
-    from transformers.utils.logging import disable_progress_bar
 
     from dragoman.data.reading import read_lines
     from dragoman.inference.arguments import parse_generation_options
@@ -102,7 +190,7 @@ def generate(
     options = parse_generation_options(context.args, own_options).given()
     if compare and (nbest > 1 or scores):
         raise ValueError("--compare shows one output per strategy; leave out --nbest and --scores")
-    disable_progress_bar()
+    _quiet_bars()
     loaded, tokenizer = load(model, device)
     rows: dict[str, Any] = {"source_lang": source_lang, "target_lang": target_lang, "source_prefix": source_prefix}
     if seed is not None:
@@ -139,7 +227,15 @@ def generate(
             print(*columns, text, sep="\t", flush=sys.stdin.isatty())
 
 
-@app.command(context_settings=ANY_OPTION)
+@app.command(
+    context_settings=ANY_OPTION,
+    short_help="Score a model on a test set, under one or more decoding strategies.",
+    epilog="""\b
+Examples:
+  dragoman evaluate runs/quickstart embedded:tiny_en_it/test
+  dragoman evaluate runs/quickstart test.tsv --strategy greedy --strategy beam:num_beams=8
+  dragoman evaluate runs/quickstart test.en --target test.it --metric bleu --metric ter""",
+)
 def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
@@ -174,14 +270,13 @@ def evaluate(
     Every argument of generate() is an option too and holds for all strategies: --max-new-tokens 80.
     """
     from rich.console import Console
-    from transformers.utils.logging import disable_progress_bar
 
     from dragoman.evaluation.run import comparison_table, evaluate_model
     from dragoman.inference.arguments import parse_generation_options
 
     own_options = [name for parameter in context.command.params for name in parameter.opts]
     options = parse_generation_options(context.args, own_options).given()
-    disable_progress_bar()
+    _quiet_bars()
     is_local = (Path(model) / "config.json").is_file()
     folder = output or (Path(model) / "evaluation" if is_local else Path("evaluation", model.replace("/", "--")))
     chosen: dict[str, Any] = {"strategies": strategy, "metrics": metric}
@@ -196,7 +291,7 @@ def evaluate(
         batch_size=batch_size,
         seed=seed,
         device=device,
-        progress=True,
+        progress=sys.stderr.isatty(),
         **{name: names for name, names in chosen.items() if names},
         **options,
     )
@@ -204,7 +299,14 @@ def evaluate(
     print(f"Predictions and scores.json are in {folder}")
 
 
-@app.command(context_settings=ANY_OPTION)
+@app.command(
+    context_settings=ANY_OPTION,
+    short_help="Show where a model looks: word alignments and attention maps.",
+    epilog="""\b
+Examples:
+  dragoman attention runs/quickstart "Open the settings page"
+  dragoman attention runs/quickstart "Open the settings page" --out map.png --layer -1""",
+)
 def attention(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
@@ -224,8 +326,6 @@ def attention(
 
     Every argument of generate() is an option too, for the output that is decoded: --num-beams 1.
     """
-    from transformers.utils.logging import disable_progress_bar
-
     from dragoman.inference.arguments import parse_generation_options
     from dragoman.inference.attention_maps import alignment_text, attention_map
     from dragoman.inference.pictures import FORMATS, check_format, save_attention
@@ -235,7 +335,7 @@ def attention(
     options = parse_generation_options(context.args, own_options).given()
     for path in out or []:
         check_format(path, FORMATS)
-    disable_progress_bar()
+    _quiet_bars()
     found = attention_map(*load(model, device), text, target, kind, layer, head, rows, **options)
     print(f"{found.target}\n\n{alignment_text(found)}")
     for path in out or []:
@@ -243,7 +343,12 @@ def attention(
             print(f"dragoman attention: {warning}", file=sys.stderr)
 
 
-@app.command()
+@app.command(
+    short_help="Draw the masks of a batch: padding, look-ahead, cross.",
+    epilog="""\b
+Example:
+  dragoman masks runs/quickstart "Open the settings page" "Delete" --out masks.png""",
+)
 def masks(
     model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
     texts: Annotated[list[str], typer.Argument(help="Source sentences, padded to one batch.")],
@@ -254,19 +359,22 @@ def masks(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
 ) -> None:
     """Draw who may look at whom in a batch: its padding, look-ahead and cross masks."""
-    from transformers.utils.logging import disable_progress_bar
-
     from dragoman.inference.pictures import DRAWN_FORMATS, check_format, read_masks, save_masks
     from dragoman.inference.translate import load
 
     check_format(out, DRAWN_FORMATS)
-    disable_progress_bar()
+    _quiet_bars()
     for warning in save_masks(read_masks(*load(model, device), texts, target), out):
         print(f"dragoman masks: {warning}", file=sys.stderr)
     print(f"The masks are in {out}")
 
 
-@app.command()
+@app.command(
+    short_help="Serve a page on which to try models and see where they look.",
+    epilog="""\b
+Example:
+  dragoman demo runs/quickstart --port 7861""",
+)
 def demo(
     models: Annotated[list[str], typer.Argument(help="Folders of trained models, or their names on the Hub.")],
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
@@ -274,15 +382,18 @@ def demo(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
 ) -> None:
     """Serve a page on which to try models, and to see where they look."""
-    from transformers.utils.logging import disable_progress_bar
-
     from dragoman.apps.demo import serve
 
-    disable_progress_bar()
+    _quiet_bars()
     serve(models, host, port, device)
 
 
-@app.command()
+@app.command(
+    short_help="Answer requests over HTTP, decoded together.",
+    epilog="""\b
+Example:
+  dragoman serve runs/quickstart --port 8000 --max-batch-size 64""",
+)
 def serve(
     model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is everybody's network.")] = "127.0.0.1",
@@ -307,11 +418,9 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an output.")] = Limits.max_new_tokens,
 ) -> None:
     """Answer translation requests over HTTP, decoding those together that wait together; GET /docs explains."""
-    from transformers.utils.logging import disable_progress_bar
-
     from dragoman.apps.server import serve as run
 
-    disable_progress_bar()
+    _quiet_bars()
     limits = Limits(
         max_batch_size=max_batch_size,
         max_batch_tokens=max_batch_tokens,
@@ -328,7 +437,92 @@ def serve(
     run(model, host=host, port=port, device=device, limits=limits)
 
 
-@app.command()
+@app.command(
+    short_help="Score targets that are given: rerank, filter, find pairs that do not match.",
+    epilog="""\b
+Examples:
+  dragoman score runs/quickstart pairs.tsv > scored.tsv
+  dragoman score runs/quickstart pairs.tsv | sort -g | head
+  dragoman score runs/quickstart test.en --target test.it --jsonl
+
+The second shows the pairs whose targets the model finds least probable: wrong
+translations, shifted lines, other languages.""",
+)
+def score(
+    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
+    pairs: Annotated[str, typer.Argument(help="Pairs: .jsonl, .tsv, embedded:NAME/SPLIT, or a text file of sources.")],
+    target: Annotated[Path | None, typer.Option(help="With a text file of sources: that of the targets.")] = None,
+    jsonl: Annotated[
+        bool, typer.Option("--jsonl", help="An object a line, with the log-probability of each token.")
+    ] = False,
+    length_penalty: Annotated[
+        float | None,
+        typer.Option(
+            help="The score is the log-probability / tokens ** LENGTH-PENALTY: 1 for the mean of a token.",
+            show_default="as the model was saved, else 1",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored together.")] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+) -> None:
+    """Score the targets of pairs: how probable the model finds each, given its source.
+
+    The output has the order of the pairs. As a table, below a heading, its columns are the score, the log-probability
+    of the whole target, source and target, between tabs; it can be read as pairs again. Logarithms are natural.
+    """
+    from dragoman.data.reading import read_pairs
+    from dragoman.inference.scoring import score as run
+    from dragoman.inference.scoring import write_jsonl, write_table
+    from dragoman.inference.translate import load
+
+    _quiet_bars()
+    rows = read_pairs(pairs if target is None else [pairs, target])
+    scores = run(*load(model, device), rows, batch_size=batch_size, length_penalty=length_penalty)
+    (write_jsonl if jsonl else write_table)(rows, scores, sys.stdout)
+
+
+@app.command(
+    short_help="Test whether the scores of two systems differ by more than chance.",
+    epilog="""\b
+Examples:
+  dragoman compare a/predictions.default.jsonl b/predictions.default.jsonl
+  dragoman compare a.txt b.txt --references test.it --metric bleu --metric ter""",
+)
+def compare(
+    a: Annotated[Path, typer.Argument(help="Predictions of one system.", metavar="A")],
+    b: Annotated[Path, typer.Argument(help="Predictions of another, for the same sources.", metavar="B")],
+    references: Annotated[
+        Path | None, typer.Option(help="Text file, one reference a line; for predictions that are plain text.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="bleu, chrf, ter, or bleu:tokenize=zh; repeat for more.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Test sets drawn from the given one.")] = 1000,
+) -> None:
+    """Compare two files of predictions by paired bootstrap resampling (Koehn 2004), by sacreBLEU.
+
+    The files are predictions.*.jsonl, which "dragoman evaluate" writes, or plain text with one prediction a line. A
+    small p says that a difference like this hardly comes about by the choice of the test sentences.
+    """
+    from rich.console import Console
+
+    from dragoman.evaluation.compare import compare_predictions, difference_table
+
+    chosen: dict[str, Any] = {"metrics": metric} if metric else {}
+    differences = compare_predictions(a, b, references, samples=samples, **chosen)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"A: {a}\nB: {b}")
+    console.print(difference_table(differences))
+    console.print("\n".join(f"{one.metric}: {one.signature}" for one in differences))
+
+
+@app.command(
+    short_help="Convert a checkpoint of Marian, BART, T5, ... into a Dragoman model.",
+    epilog="""\b
+Examples:
+  dragoman convert Helsinki-NLP/opus-mt-en-it runs/opus-en-it
+  dragoman convert checkpoints/my-t5 runs/my-t5 --dtype bfloat16""",
+)
 def convert(
     source: Annotated[
         str, typer.Argument(help="Folder of a Marian, BART, T5, ... checkpoint, or its name on the Hub.")
@@ -341,17 +535,21 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)] = None,
 ) -> None:
     """Turn a checkpoint of Transformers' own seq2seq classes into a Dragoman checkpoint that computes the same."""
-    from transformers.utils.logging import disable_progress_bar
-
     from dragoman.conversion import convert as run
 
-    disable_progress_bar()
+    _quiet_bars()
     made = run(source, output, dtype=dtype, revision=revision)
     tokenizer = "and its tokenizer" if made.has_tokenizer else "without a tokenizer, since it has none"
     print(f"{source} ({made.model_type}, {made.parameters:,} parameters) {tokenizer}: now a Dragoman model in {output}")
 
 
-@app.command()
+@app.command(
+    short_help="Push a model to the Hub.",
+    epilog="""\b
+Examples:
+  dragoman push runs/quickstart my-translator --private
+  dragoman push runs/quickstart my-organization/my-translator --revision v2""",
+)
 def push(
     model: Annotated[Path, typer.Argument(help="Folder of a finished model.")],
     repository: Annotated[str, typer.Argument(help="Its name on the Hub: ORGANIZATION/NAME, or NAME for your own.")],
@@ -362,14 +560,10 @@ def push(
     """Push a model to the Hub: weights, tokenizer, modeling code, training YAML and a model card with its scores.
 
     Only files that differ from what is there travel. The token comes from HF_TOKEN or `hf auth login`.
-
-    Example: dragoman push runs/quickstart my-translator --private
     """
-    from huggingface_hub.utils import disable_progress_bars
-
     from dragoman.training.push import push as run
 
-    disable_progress_bars()
+    _quiet_bars()
     commit = run(model, repository, private=private or None, revision=revision, message=message)
     print(f"{model} is now {commit.repo_url} at revision {commit.oid}")
 

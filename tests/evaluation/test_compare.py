@@ -90,7 +90,7 @@ def test_what_cannot_be_compared_is_one_sentence(files, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prediction": "x"}\n')
     for arguments, sentence in [
-        ((a, short), f"{a} has 60 predictions and {short} has 1: both must be of the same test set"),
+        ((a, short), f"{a} has 60 predictions and {short} has 1: compare two of the same test set"),
         ((a, other), f"the reference of prediction 60 is {REFERENCES[-1]!r} in {a} but 'x' in {other}"),
         ((text, text), f"{text} and {text} hold no references: give a file of them (--references)"),
         ((a, b, one), f"{one} has 1 references for 60 predictions"),

@@ -76,7 +76,9 @@ def test_long_targets_make_smaller_batches(monkeypatch):
     sizes = []
     forward = scoring._token_log_probabilities
     monkeypatch.setattr(
-        scoring, "_token_log_probabilities", lambda model, batch: sizes.append(len(batch["labels"])) or forward(model, batch)
+        scoring,
+        "_token_log_probabilities",
+        lambda model, batch: sizes.append(len(batch["labels"])) or forward(model, batch),
     )
     whole = list(score(*tools, dataset(SENTENCES)))
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 14 * V)

@@ -139,7 +139,7 @@ def test_an_empty_section_is_one_of_defaults(tmp_path):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml does not exist"):
         load_experiment(tmp_path / "nowhere.yaml")
 
 

@@ -74,7 +74,7 @@ def read_pairs(
     if isinstance(spec, str) and spec.startswith(EMBEDDED_PREFIX):
         spec = _embedded_path(spec)
     if isinstance(spec, str | Path):
-        path = _existing(Path(spec))
+        path = existing_path(Path(spec))
         if path.is_dir():
             return _pairs_of_folder(path, columns, streaming)
         return _pairs_of_rows((path,), columns, streaming)
@@ -83,7 +83,7 @@ def read_pairs(
         raise ValueError(f"parallel text files come as two paths [source, target], but {len(paths)} were given: {spec}")
     if columns != ("source", "target"):
         raise ValueError(f"parallel text files have no column names, so {columns} cannot be chosen in {paths[0]}")
-    return _pairs_of_rows(tuple(_existing(path) for path in paths), columns, streaming)
+    return _pairs_of_rows(tuple(existing_path(path) for path in paths), columns, streaming)
 
 
 def with_settings(
@@ -139,7 +139,7 @@ def read_lines(path: str | Path = "-") -> Iterator[str]:
     if str(path) == "-":
         yield from (line for _, line in _numbered_lines(sys.stdin.buffer, "standard input"))
         return
-    existing = _existing(Path(path))
+    existing = existing_path(Path(path))
     with _open(existing) as handle:
         yield from (line for _, line in _numbered_lines(handle, existing))
 
@@ -332,7 +332,12 @@ def _open(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 
-def _existing(path: Path) -> Path:
+def existing_path(path: Path) -> Path:
+    """The path itself.
+
+    Raises:
+        FileNotFoundError: there is nothing; names what lies there under a similar name.
+    """
     if path.exists():
         return path
     folder = path.parent

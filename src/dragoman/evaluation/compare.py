@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich import box
 from rich.table import Table
@@ -77,7 +77,9 @@ def compare_predictions(
     files = [_read(Path(path)) for path in (a, b)]
     (first, references_a), (second, references_b) = files
     if len(first) != len(second):
-        raise ValueError(f"{a} has {len(first)} predictions and {b} has {len(second)}: both must be of the same test set")
+        raise ValueError(
+            f"{a} has {len(first)} predictions and {b} has {len(second)}: both must be of the same test set"
+        )
     if references is not None:
         found: list[Reference] = list(read_lines(references))
         if len(found) != len(first):
@@ -98,7 +100,7 @@ def _test(spec: str, a: list[str], b: list[str], references: list[Reference], sa
     test = PairedTest([("A", a), ("B", b)], {name: metric}, reference_streams(references), "bs", samples)
     signatures, results = test()
     (label,) = signatures
-    first, second = results[label]
+    first, second = cast(list[Any], results[label])
     return Difference(
         metric=spec,
         scores=(first.score, second.score),

@@ -1,8 +1,10 @@
-"""How probable a model finds targets that are given: to rerank, to filter, to find pairs that do not belong together."""
+"""How probable a model finds given targets: to rerank, to filter, to find pairs that do not belong together."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO, cast
 
 import torch
 from datasets import Dataset
@@ -84,6 +86,20 @@ def score(
         max_tokens=max(1, LOGITS_AT_ONCE // model.config.vocab_size),
         window=window,
     )
+
+
+def write_table(pairs: Dataset, scores: Iterable[TargetScore], file: TextIO) -> None:
+    """Write a heading and a line a pair: score, log-probability, source, target; `read_pairs` reads it as `.tsv`."""
+    print("score", "log_probability", "source", "target", sep="\t", file=file)
+    for pair, one in zip(pairs, scores, strict=True):
+        texts = [" ".join(re.split(r"[\t\r\n]", pair[side])) for side in ("source", "target")]
+        print(f"{one.score:.4f}", f"{one.log_probability:.4f}", *texts, sep="\t", file=file)
+
+
+def write_jsonl(pairs: Dataset, scores: Iterable[TargetScore], file: TextIO) -> None:
+    """Write an object a line: the columns of the pair and the fields of `TargetScore`."""
+    for pair, one in zip(pairs, scores, strict=True):
+        print(json.dumps({**pair, **asdict(one)}, ensure_ascii=False), file=file)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, SchedulerType, Seq2SeqTrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from dragoman.data.reading import existing_path
 from dragoman.evaluation.scores import check_metrics
 from dragoman.inference.arguments import GenerationArguments, check_combination, check_generation
 from dragoman.inference.translate import model_folder
@@ -231,7 +232,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         sections[section][key] = value
 
     def where(section: str, key: str) -> str:
-        return f"override {section}.{key}: " if (section, key) in keys_changed else f"{path}: "
+        return "override: " if (section, key) in keys_changed else f"{path}: "
 
     sections["model"] = _checked_model(sections["model"], where)
     _build_config(sections["model"], f"{path}: model")
@@ -399,6 +400,6 @@ def _build_config(keys: dict[str, Any], where: str, **more: Any) -> PreTrainedCo
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    if existing_path(path).is_dir():
+        raise ValueError(f"{path} is a folder: give the YAML file of an experiment")
     return parse_mapping(path.read_text(encoding="utf-8"), str(path))

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from transformers import (
     EarlyStoppingCallback,
     GenerationConfig,
     PreTrainedModel,
+    PrinterCallback,
     ProcessorMixin,
     ProgressCallback,
     Seq2SeqTrainer,
@@ -52,6 +54,7 @@ from dragoman.inference.translate import model_folder
 from dragoman.settings import one_line
 from dragoman.training.arguments import Experiment, load_experiment
 from dragoman.training.card import decoding_name, write_card
+from dragoman.training.memory import MemoryEstimate, estimate_memory
 from dragoman.training.push import check_token, one_sentence_for_hub_errors, push
 from dragoman.training.trainer import LanguagesTrainer, ScheduledSamplingTrainer
 
@@ -90,6 +93,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     if resume:
         say(f"Resuming from {checkpoint}" if checkpoint else f"{output} holds no complete checkpoint: starting anew")
 
+    if not sys.stderr.isatty():
+        arguments.disable_tqdm = True  # a bar in a file or a pipe is noise
     set_seed(arguments.seed)
     pairs = _read(experiment)
     tokenizer = _shared_tokenizer(experiment, pairs["train"], checkpoint)
@@ -125,9 +130,10 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
             compute_metrics=compute_metrics,
             callbacks=callbacks,
         )
-    if not arguments.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_Progress)
+    trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
+    trainer.add_callback(_Lines(say) if arguments.disable_tqdm else _Progress)
+    if arguments.process_index == 0:
+        say(f"memory: {_memory(model, arguments, encoded['train'])}")
     with _one_sentence_for_disk_errors(output), companion.catching_ctrl_c():
         if arguments.process_index == 0:
             _claim_output(output, experiment, overwrite)
@@ -250,14 +256,28 @@ def usage(output: Path, tokenizer: ProcessingClass, pair: Mapping[str, str]) -> 
     )
 
 
+def _log_line(state: TrainerState, logs: dict[str, float]) -> str:
+    hidden = ("epoch", "total_flos", "_runtime", "_per_second")
+    shown = [f"{name} {value:.4g}" for name, value in logs.items() if not name.endswith(hidden)]
+    return f"epoch {state.epoch:.2f}, step {state.global_step}: {', '.join(shown)}"
+
+
 class _Progress(ProgressCallback):
     """The Trainer's progress bar, with one short line a log instead of a dictionary."""
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.training_bar is not None:
-            hidden = ("epoch", "total_flos", "_runtime", "_per_second")
-            shown = [f"{name} {value:.4g}" for name, value in logs.items() if not name.endswith(hidden)]
-            self.training_bar.write(f"epoch {state.epoch:.2f}, step {state.global_step}: {', '.join(shown)}")
+            self.training_bar.write(_log_line(state, logs))
+
+
+class _Lines(TrainerCallback):
+    """The same lines without the bar."""
+
+    def __init__(self, say: Callable[..., None]) -> None:
+        self.say = say
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        self.say(_log_line(state, logs), highlight=False, markup=False)
 
 
 class _Companion(TrainerCallback):
@@ -318,14 +338,24 @@ class _Companion(TrainerCallback):
             signal.signal(signal.SIGINT, previous)
 
 
+def _memory(model: PreTrainedModel, arguments: Any, encoded: Dataset) -> MemoryEstimate:
+    """Of a step on the longest pairs, which a batch grouped by length really is."""
+    rows = min(arguments.per_device_train_batch_size, len(encoded))
+    longest = encoded.select(np.argsort(encoded["length"])[-rows:])
+    sizes = (max(map(len, longest[column])) for column in ("input_ids", "labels"))
+    return estimate_memory(model, arguments, rows, *sizes)
+
+
 def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite: bool) -> None:
     """Refuse an output folder that another run uses, or that cannot be written."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    output.mkdir(parents=True, exist_ok=True)
-    if not os.access(output, os.W_OK):
+    present = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not present.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(present, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    in_use = any(output.iterdir())
+    in_use = output.is_dir() and any(output.iterdir())
     if in_use and not (resume or overwrite):
         raise ValueError(f"{output} is not empty: --resume goes on with its run, --overwrite deletes it")
     if in_use and not (output / EXPERIMENT_FILE).is_file():
@@ -344,9 +374,9 @@ def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite:
 
 def _claim_output(output: Path, experiment: Experiment, overwrite: bool) -> None:
     """Make the folder this run's own; only now, so that a mistake found before leaves it as it was."""
-    if overwrite:
+    if overwrite and output.exists():
         shutil.rmtree(output)
-        output.mkdir()
+    output.mkdir(parents=True, exist_ok=True)
     (output / COMPLETE_FILE).unlink(missing_ok=True)
     experiment.save(output / EXPERIMENT_FILE)
 

@@ -1,0 +1,110 @@
+"""What training needs in memory, estimated before it starts: weights, gradients, optimizer, and the largest batch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+
+# Numbers kept for each trained parameter beside its gradient; every optimizer not named here is taken for an Adam.
+OPTIMIZER_STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}
+# Rows of the forward pass that is measured; the batch's need grows in proportion to its rows.
+MEASURED_ROWS = 2
+
+
+@dataclass
+class MemoryEstimate:
+    """Bytes that one process needs at the peak of an optimizer step.
+
+    Attributes:
+        weights: parameters and buffers.
+        gradients, optimizer: of the parameters that are trained.
+        activations: what the forward pass of the batch keeps for the backward pass, and the gradient of the logits.
+        batch: rows, source length and target length of that batch.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    batch: tuple[int, int, int]
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        rows, source, target = self.batch
+        parts = [
+            f"{name} {_size(number)}"
+            for name, number in (
+                ("weights", self.weights),
+                ("gradients", self.gradients),
+                ("optimizer", self.optimizer),
+                (f"a batch of {rows} x {source} source and {target} target tokens", self.activations),
+            )
+        ]
+        return f"about {_size(self.total)} at most: {', '.join(parts)}"
+
+
+def estimate_memory(
+    model: PreTrainedModel, arguments: TrainingArguments, rows: int, source_length: int, target_length: int
+) -> MemoryEstimate:
+    """Estimate the memory of training on batches of this size, the longest that can come.
+
+    The activations are measured: a forward pass of `MEASURED_ROWS` rows in training mode, as long as the batch, counts
+    the bytes that autograd keeps; they grow with the rows. Added to them are two times the logits in single precision,
+    the gradients through which the backward pass begins. Not counted: the Python process and its libraries (0.5 to
+    1 GB), what the allocator leaves between blocks, and evaluation.
+
+    Args:
+        model: on the device where it will be trained; its state and the random numbers stay as they are.
+        arguments: their optimizer, mixed precision and gradient checkpointing count.
+        rows, source_length, target_length: of the batch, in sequences and tokens.
+    """
+    device = model.device
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    measured = min(rows, MEASURED_ROWS)
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    was_training, checkpointing = model.training, model.is_activation_checkpointing
+    # Of no meaning, but no padding either: a fresh model takes as much memory for one token as for another.
+    source = torch.full((measured, source_length), model.config.eos_token_id, device=device)
+    labels = torch.full((measured, target_length), model.config.eos_token_id, device=device)
+    precision = torch.bfloat16 if arguments.bf16 else torch.float16
+    autocast = torch.autocast(device.type, precision, enabled=arguments.bf16 or arguments.fp16)
+    cuda_devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda_devices), autocast, torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        model.train()
+        if arguments.activation_checkpointing:
+            model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs)
+        outputs = model(input_ids=source, attention_mask=torch.ones_like(source), labels=labels)
+    model.train(was_training)
+    if arguments.activation_checkpointing and not checkpointing:
+        model.activation_checkpointing_disable()
+    per_measured = sum(kept.values()) + 2 * 4 * outputs.logits.numel()
+    gradients = sum(parameter.nbytes for parameter in trained)
+    return MemoryEstimate(
+        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        gradients=gradients,
+        optimizer=gradients * _states(arguments),
+        activations=per_measured * rows // measured,
+        batch=(rows, source_length, target_length),
+    )
+
+
+def _states(arguments: Any) -> int:
+    name = str(arguments.optim).rpartition(".")[2].lower()  # of the enumeration or as a text
+    return next((states for prefix, states in OPTIMIZER_STATES.items() if name.startswith(prefix)), 2)
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
