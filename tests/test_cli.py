@@ -1,15 +1,22 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import typer.main
 from typer.testing import CliRunner
 
 import dragoman.cli
+from dragoman.data.reading import read_pairs
+from dragoman.evaluation.compare import compare_predictions
+from dragoman.inference.arguments import parse_generation_options
+from dragoman.inference.scoring import score
 from dragoman.inference.translate import load, translate
 from training.experiments import write_experiment
 
@@ -32,9 +39,19 @@ def test_train_says_what_it_has_and_what_came_of_it(tmp_path):
     assert result.exit_code == 0
     assert "train: kept 23 of 23 pairs" in result.stdout
     assert "vocabulary: 11 joint" in result.stdout
+    assert re.search(r"memory: about \d+ MB at most: weights \d+ MB, ", result.stdout)
     assert re.search(r"model: DragomanForConditionalGeneration, [\d,]+ parameters, on cpu", result.stdout)
     assert re.search(r"test chrf: \d+\.\d\d \(greedy search\)", result.stdout)
     assert f"AutoModelForSeq2SeqLM.from_pretrained('{tmp_path}/run')" in result.stdout
+
+
+def test_no_bars_in_a_file(tmp_path):
+    result = dragoman_command(
+        "train", write_experiment(tmp_path), "training.disable_tqdm=false", "training.max_steps=3"
+    )
+    assert result.stderr == ""
+    assert re.search(r"^epoch 0\.50, step 3: loss \d", result.stdout, re.MULTILINE)
+    assert "{'loss'" not in result.stdout
 
 
 def test_train_twice_needs_a_decision(tmp_path, model):
@@ -169,6 +186,82 @@ def test_more_options_of_generate(model):
     (word,) = set(biased.stdout.split())
     assert load(model)[1].convert_tokens_to_ids(word) == 5
     assert plain.stdout != biased.stdout
+
+
+def test_score_gives_a_table_that_is_pairs_again(model, tmp_path):
+    rows = [("tre due", "due tre"), ("uno", "sei sei sei"), ("due", "due")]
+    data = tmp_path / "pairs.tsv"
+    data.write_text("".join(f"{source}\t{target}\n" for source, target in rows))
+    result = dragoman_command("score", model, data, "--batch-size", "2", "--length-penalty", "0.5")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""  # no bars in a pipe
+    scored = tmp_path / "scored.tsv"
+    scored.write_text(result.stdout)
+    pairs = read_pairs(scored)
+    expected = list(score(*load(model), pairs, length_penalty=0.5))
+    for row, one, (source, target) in zip(pairs, expected, rows, strict=True):
+        assert (row["source"], row["target"]) == (source, target)
+        assert float(row["score"]) == pytest.approx(one.score, abs=1e-4)
+        assert float(row["log_probability"]) == pytest.approx(one.log_probability, abs=1e-4)
+    result = dragoman_command("score", model, data, "--jsonl")
+    (_, second, _) = map(json.loads, result.stdout.splitlines())
+    assert second["tokens"] == ["sei", "sei", "sei", "</s>"]
+    assert sum(second["token_log_probabilities"]) == pytest.approx(second["log_probability"])
+    assert second["score"] == pytest.approx(second["log_probability"] / 4)
+    assert second["target"] == "sei sei sei"
+
+
+def test_compare_two_evaluations(model, tmp_path):
+    data = model.parent / "test.jsonl"
+    strategies = ["--strategy", "greedy", "--strategy", "sampling"]
+    assert dragoman_command("evaluate", model, data, *strategies, "--output", tmp_path).exit_code == 0
+    files = [tmp_path / f"predictions.{name}.jsonl" for name in ("greedy", "sampling")]
+    result = dragoman_command("compare", *files, "--metric", "chrf", "--samples", "20")
+    assert result.exit_code == 0, result.stderr
+    assert f"A: {files[0]}\nB: {files[1]}\n" in result.stdout
+    (chrf,) = compare_predictions(*files, metrics=["chrf"], samples=20)
+    (row,) = (line.split() for line in result.stdout.splitlines() if line.split()[:1] == ["chrf"])
+    assert row[1] == f"{chrf.scores[0]:.2f}"
+    assert row[-2:] == [f"{chrf.difference:+.2f}", f"{chrf.p_value:.4f}"]
+    assert "bs:20" in result.stdout
+
+
+COMMANDS = typer.main.get_command(dragoman.cli.app).commands
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help_is_whole_and_has_examples_that_parse(name):
+    result = CliRunner().invoke(dragoman.cli.app, [*filter(None, [name]), "--help"], env={"COLUMNS": "80"})
+    assert result.exit_code == 0
+    assert [line for line in result.stdout.splitlines() if line.endswith(("...", "…")) and "Usage: " not in line] == []
+    examples = re.findall(r"^ *(?:[^|\n]*\| )?(dragoman [a-z].*)$", result.stdout, re.MULTILINE)
+    assert len(examples) >= (2 if name is None else 1)
+    for example in examples:
+        words = shlex.split(re.split(r" [<>|] ", example)[0])
+        assert name in (None, words[1])
+        command = COMMANDS[words[1]]
+        context = command.make_context(words[1], words[2:])
+        if context.args:
+            parse_generation_options(context.args)
+
+
+def test_no_command_is_help():
+    assert dragoman_command().stdout == dragoman_command("--help").stdout
+
+
+def test_the_versions():
+    result = dragoman_command("--version")
+    assert result.stdout.splitlines() == [f"{name} {version(name)}" for name in ("dragoman", "transformers", "torch")]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_for_the_shell(shell):
+    command = [sys.executable, "-m", "dragoman.cli", "--show-completion", shell]
+    # otherwise Typer takes the shell that runs the tests, and the option no value
+    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "COMPLETE" in result.stdout
 
 
 def test_evaluate_a_name_on_the_hub(model, tmp_path, monkeypatch):

@@ -176,7 +176,7 @@ def generate(
     """Turn lines on standard input into lines on standard output, in the same order; an empty line stays empty.
 
     Every argument of Transformers' generate() is an option too, with its name in hyphens: --num-beams, --do-sample,
-    --max-new-tokens, --repetition-penalty, ... What is not given is as the model was saved.
+    --max-new-tokens, --repetition-penalty and so on. What is not given is as the model was saved.
     """
     from rich.console import Console
     from rich.table import Table
@@ -462,6 +462,13 @@ def score(
             show_default="as the model was saved, else 1",
         ),
     ] = None,
+    source_lang: Annotated[
+        str | None, typer.Option(help="Code of a model with many languages, if the rows have no such column.")
+    ] = None,
+    target_lang: Annotated[str | None, typer.Option(help="The same for the target.")] = None,
+    source_prefix: Annotated[
+        str | None, typer.Option(help="Text before every source, as for T5.", show_default="as the model was trained")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored together.")] = 32,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
 ) -> None:
@@ -477,7 +484,15 @@ def score(
 
     _quiet_bars()
     rows = read_pairs(pairs if target is None else [pairs, target])
-    scores = run(*load(model, device), rows, batch_size=batch_size, length_penalty=length_penalty)
+    scores = run(
+        *load(model, device),
+        rows,
+        source_lang=source_lang,
+        target_lang=target_lang,
+        source_prefix=source_prefix,
+        batch_size=batch_size,
+        length_penalty=length_penalty,
+    )
     (write_jsonl if jsonl else write_table)(rows, scores, sys.stdout)
 
 
@@ -517,7 +532,7 @@ def compare(
 
 
 @app.command(
-    short_help="Convert a checkpoint of Marian, BART, T5, ... into a Dragoman model.",
+    short_help="Convert a checkpoint of Marian, BART, T5 and others into a Dragoman model.",
     epilog="""\b
 Examples:
   dragoman convert Helsinki-NLP/opus-mt-en-it runs/opus-en-it

@@ -266,6 +266,12 @@ def test_long_outputs_are_not_cut(tmp_path):
     assert len(ids) - 1 > 30
 
 
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        train_tiny(tmp_path, "data.train=nowhere.jsonl", f"training.output_dir={tmp_path}/runs/new")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_mistake_leaves_the_output_folder_free(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl does not exist"):
         train_tiny(tmp_path, "data.train=nowhere.jsonl")

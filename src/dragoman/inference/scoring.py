@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from dragoman.data.batching import map_in_batches
 from dragoman.data.collators import IGNORED_LABEL, Seq2SeqCollator, encode_pairs
+from dragoman.data.languages import saved_prefix
+from dragoman.data.reading import with_settings
 from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
 from dragoman.inference.translate import LOGITS_AT_ONCE, evaluating
 
@@ -39,6 +41,9 @@ def score(
     processing_class: ProcessingClass,
     pairs: Dataset,
     *,
+    source_lang: str | None = None,
+    target_lang: str | None = None,
+    source_prefix: str | None = None,
     batch_size: int = 32,
     length_penalty: float | None = None,
     window: int = 10_000,
@@ -52,6 +57,8 @@ def score(
         model, processing_class: as `load` gives them.
         pairs: as `read_pairs` gives them, or `Dataset.from_dict({"source": [...], "target": [...]})`; encoded as for
             training.
+        source_lang, target_lang, source_prefix: as in `translate`, for every pair; columns of these names are used
+            without being given here.
         batch_size: pairs scored together; they are sorted by length first. Long targets make batches smaller.
         length_penalty: exponent of the length in `score`; None takes the model's own, which is 1 unless set.
         window: pairs sorted together; the first result comes after so many.
@@ -60,13 +67,16 @@ def score(
         an iterator over the score of each pair, in their order. The arguments are checked at once.
 
     Raises:
-        ValueError: a pair with an empty side; a tokenizer whose ids the model does not have; a side that is longer than
-            the model's learned positions.
+        ValueError: a pair with an empty side; a language that the model does not have; a tokenizer whose ids the model
+            does not have; a side that is longer than the model's learned positions.
     """
     if length_penalty is None:
         length_penalty = model.generation_config.length_penalty
     exponent = 1.0 if length_penalty is None else length_penalty  # 1.0: the default of generate()
-    encoded, _ = encode_pairs(pairs, processing_class, option_prefix=None)
+    if source_prefix is None and "source_prefix" not in pairs.column_names:
+        source_prefix = saved_prefix(processing_class) or None
+    settings = {"source_lang": source_lang, "target_lang": target_lang, "source_prefix": source_prefix}
+    encoded, _ = encode_pairs(with_settings(pairs, "the pairs", **settings), processing_class, option_prefix=None)
     collator = Seq2SeqCollator(processing_class, model)
     _, target_tokenizer = source_and_target_tokenizer(processing_class)
 
