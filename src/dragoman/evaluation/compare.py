@@ -78,7 +78,7 @@ def compare_predictions(
     (first, references_a), (second, references_b) = files
     if len(first) != len(second):
         raise ValueError(
-            f"{a} has {len(first)} predictions and {b} has {len(second)}: both must be of the same test set"
+            f"{a} has {len(first)} predictions and {b} has {len(second)}: compare two of the same test set"
         )
     if references is not None:
         found: list[Reference] = list(read_lines(references))
