@@ -25,6 +25,7 @@ import httpx
 import psutil
 import torch
 import typer
+from transformers.utils.logging import disable_progress_bar
 
 from dragoman.apps.limits import Limits
 from dragoman.data.reading import read_pairs
@@ -150,7 +151,7 @@ def serve_and_load(model: str, rows: list[tuple[str, dict, str]], clients: int, 
             ready = re.search(r"http://\S+", server.stdout.readline())
             if ready is None:
                 raise SystemExit(f"the server did not start: {' '.join(command)}")
-            asyncio.run(load_run(ready[0], server.pid, rows, clients, 1.0))  # pages and caches
+            asyncio.run(load_run(ready[0], server.pid, rows, clients, seconds / 6))  # pages and caches
             run = asyncio.run(load_run(ready[0], server.pid, rows, clients, seconds))
             server.send_signal(signal.SIGTERM)
             run.exit_status = server.wait(timeout=60)
@@ -191,6 +192,7 @@ def main(
     compare: Annotated[bool, typer.Option(help="Also a server that decodes one at a time.")] = True,
     output: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
 ) -> None:
+    disable_progress_bar()
     texts = list(dict.fromkeys(read_pairs(data)["source"]))[:different]
     rows, unstable = expected_answers(model, texts)
     runs = {"batching": serve_and_load(model, rows, clients, seconds)}

@@ -284,6 +284,20 @@ def test_mistakes_get_one_sentence(tiny, body, status, sentence):
     assert f'status="{status}"}} 1' in metrics
 
 
+def test_rows_are_bounded_whatever_the_model_was_saved_with(tiny, monkeypatch):
+    translator = server.Translator(*tiny, "tiny", Limits())
+
+    def rows(**options):
+        return translator.settings(server.TranslationRequest(text="no", **options)).rows
+
+    assert [rows(), rows(num_beams=3), rows(penalty_alpha=0.6), rows(penalty_alpha=0.6, top_k=7)] == [1, 3, 4, 7]
+    monkeypatch.setattr(tiny[0].generation_config, "do_sample", True)
+    monkeypatch.setattr(tiny[0].generation_config, "num_beams", 2)
+    assert [rows(), rows(num_return_sequences=2), rows(penalty_alpha=0.6)] == [2, 2, 4]
+    with pytest.raises(ValueError, match=r"^top_k is 99; here it is at most 8$"):
+        rows(penalty_alpha=0.6, top_k=99)
+
+
 def test_bodies_and_paths(tiny):
     app = server.create_app(*tiny, "tiny", Limits(max_body_bytes=100))
 

@@ -145,15 +145,18 @@ class Translator:
             check_language(self.counter, "target", request.target_lang)
         given, defaults = arguments.given(), self.model.generation_config
         check_generation_arguments(self.model, given, request.num_return_sequences)
-        contrasting = given.get("penalty_alpha", defaults.penalty_alpha)
-        sampling = given.get("do_sample", defaults.do_sample)
+        # In the call it means one beam and no sampling, whatever the model was saved with.
+        asked = given.get("penalty_alpha")
+        sampling = given.get("do_sample", False if asked else defaults.do_sample)
+        beams = given.get("num_beams", 1 if asked else defaults.num_beams) or 1
+        contrasting = asked or (defaults.penalty_alpha and not sampling and beams == 1)
         bounds = {
             "num_beams": self.limits.max_beams,
             "num_return_sequences": self.limits.max_beams,
             "max_new_tokens": self.max_new_tokens,
             "min_new_tokens": given.get("max_new_tokens", self.default_max_new_tokens),
         }
-        if contrasting and not sampling:
+        if contrasting:
             bounds["top_k"] = self.limits.max_beams
         for name, bound in bounds.items():
             value = request.model_dump()[name] if name == "num_return_sequences" else given.get(name)
@@ -161,8 +164,7 @@ class Translator:
                 raise ValueError(f"{name} is {value}; here it is at most {bound}")
         if request.seed is not None and not sampling:
             raise ValueError(f"seed={request.seed} has no effect without do_sample")
-        candidates = given.get("top_k", 4) if contrasting and not sampling else 1
-        rows = max(given.get("num_beams") or defaults.num_beams or 1, request.num_return_sequences, candidates)
+        rows = max(beams, request.num_return_sequences, given.get("top_k", 4) if contrasting else 1)
         return Settings(
             generation=tuple(sorted({"max_new_tokens": self.default_max_new_tokens, **given}.items())),
             num_return_sequences=request.num_return_sequences,
