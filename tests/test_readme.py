@@ -60,6 +60,8 @@ def test_commands_run(home, command, tmp_path):
         with serve() as hub:
             assert run(home, command, **environment(hub, tmp_path)).startswith("runs/quickstart is now http://")
         return
+    if command.startswith("dragoman compare"):
+        run(home, "dragoman evaluate runs/quickstart embedded:tiny_en_it/test --strategy greedy --strategy beam")
     output = run(home, command)
     if command.startswith("dragoman generate"):
         number = int(re.search(r"--nbest (\d+)", command)[1]) if "--nbest" in command else 1

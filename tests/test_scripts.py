@@ -239,3 +239,11 @@ print([preset(name, vocab_size=9).vocab_size for name in preset_names()])
     assert lines[1:3] == ["[7217, 356, 439]", "True"]
     assert set(eval(lines[3])) == {9}
     assert (elsewhere / "dragoman" / "configs" / "quickstart.yaml").is_file()
+
+
+def test_lead_words(tmp_path):
+    data = tmp_path / "pairs.tsv"
+    data.write_text("a small cat sleeps here\ta small cat\n")
+    command = [sys.executable, ROOT / "scripts" / "lead_words.py", data, "--words"]
+    assert run(*command, 3).stdout.splitlines() == ["rouge1: 1.0000", "rouge2: 1.0000", "rougeL: 1.0000"]
+    assert run(*command, 5).stdout.splitlines() == ["rouge1: 0.7500", "rouge2: 0.6667", "rougeL: 0.7500"]

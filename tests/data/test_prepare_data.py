@@ -184,3 +184,52 @@ def test_faulty_sets_are_refused(tmp_path, run):
     result = run("ddtp_en_it", "--from", tmp_path / "partial")
     assert result.exit_code == 2
     assert "validation.jsonl.gz does not exist in" in result.output
+
+
+def test_debian_summary_is_built(script, monkeypatch, tmp_path, run):
+    long = " ".join(f"word{number}" for number in range(25))
+    packages = {
+        "a-one": ("a", long),
+        "a-two": ("a", f"{long} more"),
+        "b": ("b", long),
+        "c": ("c", "too short"),
+        "d": ("d", f"{long} x"),
+    }
+
+    def download(folder):
+        translations, index = folder / "Translation-en", folder / "Packages"
+        synopses = {"d": "transitional dummy package"}
+        translations.write_text(
+            "\n".join(
+                f"Package: {name}\nDescription-md5: {name}\nDescription-en: {synopses.get(name, 'tools for words')}\n {text}\n"
+                for name, (_, text) in packages.items()
+            )
+        )
+        index.write_text(
+            "\n".join(f"Package: {name}\nSource: {origin} (1.0)\n" for name, (origin, _) in packages.items())
+        )
+        return [translations], [index]
+
+    monkeypatch.setattr(script, "download_packages", download)
+    result = run("debian_summary", "--output", tmp_path)
+    assert "do not publish it" in result.output
+    rows = {}
+    for split in script.SPLITS:
+        for line in gzip.decompress((tmp_path / "debian_summary" / f"{split}.jsonl.gz").read_bytes()).splitlines():
+            rows[json.loads(line)["package"]] = (split, json.loads(line))
+    assert sorted(rows) == ["a-one", "a-two"]  # b says what a-one says
+    assert rows["a-one"][0] == rows["a-two"][0]
+    assert rows["a-one"][1]["source"] == long
+    assert rows["a-one"][1]["target"] == "tools for words"
+
+
+def test_earlier_turns_stand_before_a_reply(script):
+    rows = list(script.dialog_rows("conversations", ["Hello", "Hi  there", "How are\nyou?", "Fine", "Good", "Bye"]))
+    assert [row["source"] for row in rows[:2]] == ["Hello", "Hello <sep> Hi there"]
+    assert rows[-1]["source"] == "Hi there <sep> How are you? <sep> Fine <sep> Good"
+    assert rows[-1]["target"] == "Bye"
+    answers = list(script.dialog_rows("emotion", ["Are you sad?", "No.", "Sometimes.", "word " * 41, "```x```"]))
+    assert [(row["source"], row["target"]) for row in answers] == [
+        ("Are you sad?", "No."),
+        ("Are you sad?", "Sometimes."),
+    ]
