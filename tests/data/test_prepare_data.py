@@ -188,26 +188,14 @@ def test_faulty_sets_are_refused(tmp_path, run):
 
 def test_debian_summary_is_built(script, monkeypatch, tmp_path, run):
     long = " ".join(f"word{number}" for number in range(25))
-    packages = {
-        "a-one": ("a", long),
-        "a-two": ("a", f"{long} more"),
-        "b": ("b", long),
-        "c": ("c", "too short"),
-        "d": ("d", f"{long} x"),
-    }
+    texts = {"a-one": long, "a-two": f"{long} more", "b": long, "c": "too short", "d": f"{long} x"}
+    synopses = dict.fromkeys(texts, "tools for words") | {"d": "transitional dummy package"}
 
     def download(folder):
         translations, index = folder / "Translation-en", folder / "Packages"
-        synopses = {"d": "transitional dummy package"}
-        translations.write_text(
-            "\n".join(
-                f"Package: {name}\nDescription-md5: {name}\nDescription-en: {synopses.get(name, 'tools for words')}\n {text}\n"
-                for name, (_, text) in packages.items()
-            )
-        )
-        index.write_text(
-            "\n".join(f"Package: {name}\nSource: {origin} (1.0)\n" for name, (origin, _) in packages.items())
-        )
+        fields = "Package: {0}\nDescription-md5: {0}\nDescription-en: {1}\n {2}\n"
+        translations.write_text("\n".join(fields.format(name, synopses[name], text) for name, text in texts.items()))
+        index.write_text("\n".join(f"Package: {name}\nSource: {name[0]} (1.0)\n" for name in texts))
         return [translations], [index]
 
     monkeypatch.setattr(script, "download_packages", download)
