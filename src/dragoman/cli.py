@@ -320,6 +320,11 @@ def attention(
         list[Path] | None,
         typer.Option(help="Picture (.png, .svg, .pdf), page (.html) or weights (.npy); repeat for more."),
     ] = None,
+    source_lang: Annotated[str | None, typer.Option(help="Code of a model with many languages: it, ita_Latn.")] = None,
+    target_lang: Annotated[str | None, typer.Option(help="The same for the output.")] = None,
+    source_prefix: Annotated[
+        str | None, typer.Option(help="Text before the source.", show_default="what the model was trained with")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
 ) -> None:
     """Show where a model looks: word alignments as text, and a map of the attention weights with --out.
@@ -336,7 +341,19 @@ def attention(
     for path in out or []:
         check_format(path, FORMATS)
     _quiet_bars()
-    found = attention_map(*load(model, device), text, target, kind, layer, head, rows, **options)
+    found = attention_map(
+        *load(model, device),
+        text,
+        target,
+        kind,
+        layer,
+        head,
+        rows,
+        source_lang=source_lang,
+        target_lang=target_lang,
+        source_prefix=source_prefix,
+        **options,
+    )
     print(f"{found.target}\n\n{alignment_text(found)}")
     for path in out or []:
         for warning in save_attention(found, path):

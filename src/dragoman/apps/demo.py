@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
+from dragoman.data.languages import default_language, encode_texts, languages, saved_prefix
 from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
 from dragoman.inference.attention_maps import labels, map_of_ids, pieces, sizes
 from dragoman.inference.attention_stages import attention_stages
@@ -114,16 +115,24 @@ def settings_of(
     return {name: STRATEGIES[name] | change for name, change in changes.items()}
 
 
-def decode_all(loaded: Loaded, name: str, source: str, settings: dict[str, dict[str, Any]]) -> Session:
-    """Decode a source with every strategy.
+def decode_all(
+    loaded: Loaded,
+    name: str,
+    source: str,
+    settings: dict[str, dict[str, Any]],
+    source_lang: str | None = None,
+    target_lang: str | None = None,
+) -> Session:
+    """Decode a source with every strategy, the languages being those of `translate`.
 
     Raises:
         ValueError: an empty source, or one that is too long for this page or for the model.
     """
     if not source.strip():
         raise ValueError("There is nothing to translate: type a sentence first.")
-    source_tokenizer, target_tokenizer = source_and_target_tokenizer(loaded.processing_class)
-    source_ids = source_tokenizer(source, verbose=False).input_ids
+    _, target_tokenizer = source_and_target_tokenizer(loaded.processing_class)
+    text = saved_prefix(loaded.processing_class) + source
+    (source_ids,) = encode_texts(loaded.processing_class, "source", [text], [source_lang])
     if len(source_ids) > LONGEST_SOURCE:
         raise ValueError(
             f"The text has {len(source_ids):,} tokens; this page takes up to {LONGEST_SOURCE}: shorten it."
@@ -132,7 +141,13 @@ def decode_all(loaded: Loaded, name: str, source: str, settings: dict[str, dict[
     for strategy, arguments in settings.items():
         started = time.perf_counter()
         (best, *_), *_ = translate(
-            loaded.model, loaded.processing_class, [source], max_time=LONGEST_SECONDS, **arguments
+            loaded.model,
+            loaded.processing_class,
+            [source],
+            source_lang=source_lang,
+            target_lang=target_lang,
+            max_time=LONGEST_SECONDS,
+            **arguments,
         )
         seconds = time.perf_counter() - started
         tokens = labels(pieces(target_tokenizer, best.token_ids))
@@ -382,7 +397,10 @@ def build_page(models: dict[str, Loaded]) -> gr.Blocks:
             return ""
         loaded = models[beside]
         name = session.chosen.strategy
-        theirs = decode_all(loaded, beside, session.source, {name: STRATEGIES[name]})
+        try:
+            theirs = decode_all(loaded, beside, session.source, {name: STRATEGIES[name]})
+        except ValueError as error:  # such as a model with languages, which would have to be chosen
+            return message(str(error))
         (output,) = theirs.outputs
         head = f"<h3>{html.escape(beside)}, {name}</h3><p>{html.escape(output.hypothesis.text)}</p>"
         if kind not in kinds(beside):
@@ -397,9 +415,15 @@ def build_page(models: dict[str, Loaded]) -> gr.Blocks:
         )
         return f'{head}<h3>{found.title}</h3><div class="scroll">{heat_table(found)}</div>'
 
-    def on_translate(session, name, source, kind, layer, head, beside, *sliders):
+    def language_choice(name: str, side: Any) -> gr.Dropdown:
+        codes = languages(models[name].processing_class, side)
+        chosen = default_language(models[name].processing_class, side) or (codes[0] if codes else None)
+        return gr.Dropdown(codes, value=chosen, label=f"Language of the {side}", visible=bool(codes))
+
+    def on_translate(session, name, source, from_language, to_language, kind, layer, head, beside, *sliders):
         try:
-            session = decode_all(models[name], name, source, settings_of(*sliders))
+            settings = settings_of(*sliders)
+            session = decode_all(models[name], name, source, settings, from_language or None, to_language or None)
             return shown(session, kind, layer, head, beside)
         except ValueError as error:
             return shown(Session(name), kind, layer, head, beside, str(error))
@@ -428,6 +452,8 @@ def build_page(models: dict[str, Loaded]) -> gr.Blocks:
         layers, heads = choices(name, kind)
         return (
             models[name].about,
+            language_choice(name, "source"),
+            language_choice(name, "target"),
             gr.Radio(choices=available, value=kind),
             gr.Dropdown(choices=layers, value=AVERAGE),
             gr.Dropdown(choices=heads, value=AVERAGE),
@@ -442,6 +468,8 @@ def build_page(models: dict[str, Loaded]) -> gr.Blocks:
         name = gr.Radio(list(models), value=first, label="Model", visible=len(models) > 1, elem_id="model")
         about = gr.Markdown(models[first].about, elem_id="about")
         source = gr.Textbox(label="Source", lines=2, max_lines=8, submit_btn=False, autofocus=True, elem_id="source")
+        with gr.Row():
+            from_language, to_language = language_choice(first, "source"), language_choice(first, "target")
         button = gr.Button("Translate", variant="primary", elem_id="translate")
         with gr.Accordion("Settings of the strategies", open=False), gr.Row():
             beams = gr.Slider(2, 12, STRATEGIES["beam"]["num_beams"], step=1, label="beam: number of beams")
@@ -475,10 +503,25 @@ def build_page(models: dict[str, Loaded]) -> gr.Blocks:
 
         results = [session, outputs, step, where, stages, compared, trouble]
         view = [kind, layer, head, beside]
-        everything = [session, name, source, *view, beams, temperature, top_k, top_p, alpha, candidates]
+        everything = [
+            session,
+            name,
+            source,
+            from_language,
+            to_language,
+            *view,
+            beams,
+            temperature,
+            top_k,
+            top_p,
+            alpha,
+            candidates,
+        ]
         quiet: dict[str, Any] = {"show_progress": "hidden"}
         gr.on([button.click, source.submit], on_translate, everything, results)
-        name.change(on_model, [name, kind], [about, kind, layer, head]).then(on_translate, everything, results)
+        name.change(on_model, [name, kind], [about, from_language, to_language, kind, layer, head]).then(
+            on_translate, everything, results
+        )
         outputs.click(on_token, [session, *view], results, **quiet)
         step.input(on_step, [session, step, *view], results, **quiet)
         back.click(

@@ -14,6 +14,7 @@ import torch
 from rich.cells import cell_len
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dragoman.data.languages import encode_texts, saved_prefix
 from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
 from dragoman.inference.translate import translate
 
@@ -91,6 +92,10 @@ def attention_map(
     layer: int | None = None,
     head: int | None = None,
     rows: str = "predicted",
+    *,
+    source_lang: str | None = None,
+    target_lang: str | None = None,
+    source_prefix: str | None = None,
     **generation_arguments: Any,
 ) -> AttentionMap:
     """The attention weights for a sentence and its translation, by one teacher-forced pass over the pair.
@@ -105,6 +110,7 @@ def attention_map(
         kind: "cross", "encoder" or "decoder"; recurrent models have cross-attention only.
         layer, head: counted from 0, from the end if negative; None is the average over all.
         rows: label the rows by the token that is "predicted" there, or by the one that is "fed" to the decoder.
+        source_lang, target_lang, source_prefix: as in `translate`.
         **generation_arguments: settings of `generate` for a decoded target: `num_beams=4`, ...
 
     Raises:
@@ -118,7 +124,16 @@ def attention_map(
         raise ValueError("rows='fed' is for rows of the output; those of kind='encoder' are tokens of the source.")
     if target is not None and generation_arguments:
         raise ValueError(f"with a target nothing is decoded: leave out {', '.join(generation_arguments)}.")
-    pair = encode_pair(model, processing_class, source, target, **generation_arguments)
+    pair = encode_pair(
+        model,
+        processing_class,
+        source,
+        target,
+        source_lang=source_lang,
+        target_lang=target_lang,
+        source_prefix=source_prefix,
+        **generation_arguments,
+    )
     return map_of_ids(model, processing_class, *pair, kind, layer, head, rows)
 
 
@@ -163,6 +178,10 @@ def encode_pair(
     processing_class: ProcessingClass,
     source: str,
     target: str | None = None,
+    *,
+    source_lang: str | None = None,
+    target_lang: str | None = None,
+    source_prefix: str | None = None,
     **generation_arguments: Any,
 ) -> tuple[list[int], list[int], list[int]]:
     """Source ids, the target ids that are fed to the decoder, and those that it predicts from them, equally many.
@@ -173,13 +192,23 @@ def encode_pair(
         raise ValueError("the source is empty: there is nothing to look at.")
     if target is not None and not target.strip():
         raise ValueError("the target is empty: there is nothing that looks; leave it out to have one decoded.")
-    input_ids = source_and_target_tokenizer(processing_class)[0](source).input_ids
+    prefix = saved_prefix(processing_class) if source_prefix is None else source_prefix
+    (input_ids,) = encode_texts(processing_class, "source", [prefix + source], [source_lang])
     if target is None:
-        hypothesis = translate(model, processing_class, [source], scores=False, **generation_arguments)[0][0]
+        hypothesis = translate(
+            model,
+            processing_class,
+            [source],
+            scores=False,
+            source_lang=source_lang,
+            target_lang=target_lang,
+            source_prefix=source_prefix,
+            **generation_arguments,
+        )[0][0]
         predicted = hypothesis.token_ids
         fed = [cast(int, hypothesis.start_id), *predicted[:-1]]
     else:
-        predicted = processing_class(text_target=target)["input_ids"]
+        (predicted,) = encode_texts(processing_class, "target", [target], [target_lang])
         fed = model.prepare_decoder_input_ids_from_labels(torch.tensor([predicted]))[0].tolist()
     return input_ids, fed, predicted
 
