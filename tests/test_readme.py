@@ -3,8 +3,11 @@
 import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,21 @@ def run(folder: Path, command: str, **variables: str) -> str:
     return process.stdout
 
 
+def answers(folder: Path, command: str) -> bool:
+    """Start a server on a free port, ask for its page, and end it with Ctrl-C."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [sys.executable, "-m", "dragoman.cli", *shlex.split(command)[1:], "--port", str(port)]
+    with subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+        address = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())[0]
+        with urllib.request.urlopen(address, timeout=30) as page:
+            found = "Dragoman" in page.read().decode()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", DRAGOMAN)
 def test_commands_run(home, command, tmp_path):
@@ -62,7 +80,14 @@ def test_commands_run(home, command, tmp_path):
         return
     if command.startswith("dragoman compare"):
         run(home, "dragoman evaluate runs/quickstart embedded:tiny_en_it/test --strategy greedy --strategy beam")
+    if command.startswith("dragoman demo"):
+        pytest.importorskip("gradio", reason="the page needs the extra [demo]")
+        assert answers(home, command)
+        return
     output = run(home, command)
+    if command.startswith("dragoman attention"):
+        assert "looked at" in output
+        assert [name for name in re.findall(r"--out (\S+)", command) if not (home / name).is_file()] == []
     if command.startswith("dragoman generate"):
         number = int(re.search(r"--nbest (\d+)", command)[1]) if "--nbest" in command else 1
         assert len(output.splitlines()) == 3 * number

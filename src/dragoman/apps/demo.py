@@ -468,8 +468,7 @@ def build_page(models: dict[str, Loaded]) -> gr.Blocks:
         name = gr.Radio(list(models), value=first, label="Model", visible=len(models) > 1, elem_id="model")
         about = gr.Markdown(models[first].about, elem_id="about")
         source = gr.Textbox(label="Source", lines=2, max_lines=8, submit_btn=False, autofocus=True, elem_id="source")
-        with gr.Row():
-            from_language, to_language = language_choice(first, "source"), language_choice(first, "target")
+        from_language, to_language = language_choice(first, "source"), language_choice(first, "target")
         button = gr.Button("Translate", variant="primary", elem_id="translate")
         with gr.Accordion("Settings of the strategies", open=False), gr.Row():
             beams = gr.Slider(2, 12, STRATEGIES["beam"]["num_beams"], step=1, label="beam: number of beams")

@@ -159,6 +159,7 @@ def map_of_ids(
         "decoder": (of_output, of_fed),
     }[kind]
     weights = forced_attention(model, torch.tensor([input_ids]), torch.tensor([fed_ids]))[kind]
+    layers, heads = weights.shape[0], weights.shape[2]
     return AttentionMap(
         kind=kind,
         weights=weights[:, 0].numpy(),
@@ -166,8 +167,8 @@ def map_of_ids(
         columns=labels(keys),
         row_words=words(queries),
         column_words=words(keys),
-        layer=layer,
-        head=head,
+        layer=None if layer is None else layer % layers,
+        head=None if head is None else head % heads,
         source=str(source_tokenizer.decode(input_ids, skip_special_tokens=True)),
         target=str(target_tokenizer.decode(predicted_ids, skip_special_tokens=True)),
     )

@@ -80,7 +80,7 @@ def draw_attention(found: AttentionMap) -> tuple[Figure, list[str]]:
     cell = 0.46
     left, above = (0.25 + 0.093 * _longest(texts) for texts in (found.rows, found.columns))
     width, height = left + cell * columns + 1.1, above + cell * rows + 0.75
-    width = max(width, 5.2)  # room for the title
+    width = max(width, 4.2)  # room for the title
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     axes = figure.add_axes((left / width, 0.2 / height, cell * columns / width, cell * rows / height))
