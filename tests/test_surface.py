@@ -118,6 +118,9 @@ def test_sections_of_an_experiment():
         "source_prefix",
         "target_column",
         "target_lang",
+        "num_proc",
+        "streaming",
+        "shuffle_buffer",
     }
     assert set(vars(arguments.TokenizerArguments())) == {
         "path",
@@ -130,7 +133,9 @@ def test_sections_of_an_experiment():
     }
     assert own_fields(arguments.TrainingArguments, Seq2SeqTrainingArguments) == {
         "early_stopping_patience",
+        "max_tokens_per_batch",
         "metrics",
+        "packing",
         "teacher_forcing_schedule",
     }
 

@@ -4,6 +4,8 @@ from datasets import Dataset
 from transformers import BartConfig, BartForConditionalGeneration
 
 import dragoman
+from conftest import V
+from dragoman.data import collators
 from dragoman.data.collators import Seq2SeqCollator, encode_pairs
 from dragoman.data.tokenizers import build_tokenizer, train_tokenizer
 
@@ -209,3 +211,35 @@ def test_models_of_the_library():
     assert collator([{"input_ids": [8, 2], "labels": [8, 2]}])["decoder_input_ids"].shape == (1, 2)
     with pytest.raises(ValueError, match="source vocabulary has the ids 0 to 8"):
         collator([{"input_ids": [9, 2], "labels": [8, 2]}])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("rotate_labels", [False, True])
+def test_packed_rows_train_as_separate_rows(any_transformer, monkeypatch, implementation, rotate_labels):
+    """Several pairs in a row: the loss and every gradient of a row for each pair."""
+    monkeypatch.setattr(collators, "PACKED_LENGTH", 11)
+    model = any_transformer.build(rotate_labels=rotate_labels, label_smoothing=0.1).train()
+    model.set_attn_implementation(implementation)
+    generator = torch.Generator().manual_seed(4)
+    rows = [
+        {name: torch.randint(3, V, (length,), generator=generator).tolist() for name, length in sides.items()}
+        for sides in (
+            {"input_ids": s, "labels": t} for s, t in ((4, 2), (1, 6), (13, 5), (3, 3), (5, 1), (2, 4), (6, 6))
+        )
+    ]
+    tokenizer = train_tokenizer(["a b c"], kind="word")  # only its padding is used
+    found = []
+    for collator in (collators.PackingCollator(tokenizer, model=model), Seq2SeqCollator(tokenizer, model=model)):
+        batch = collator(rows)
+        model.zero_grad()
+        outputs = model(**batch, num_items_in_batch=27)
+        outputs.loss.backward()
+        found.append((batch, outputs.loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    (packed, loss, gradients), (separate, expected_loss, expected) = found
+    assert separate["input_ids"].shape == (7, 13)
+    assert packed["input_ids"].shape[0] < 5
+    assert packed["segment_ids"].max() > 1
+    assert (packed["labels"] != -100).sum() == 27
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12)

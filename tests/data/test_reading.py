@@ -4,10 +4,14 @@ import json
 import re
 import sys
 
+import datasets
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
+from dragoman.data import reading
+from dragoman.data.collators import encode_pairs
 from dragoman.data.reading import embedded_names, read_lines, read_pairs
+from dragoman.data.tokenizers import train_tokenizer
 
 
 PAIRS = [("I love you", "我爱你"), ("a\u2028b", "c\x85d "), ("", "vuoto")]
@@ -214,3 +218,44 @@ def test_read_lines(tmp_path, monkeypatch):
         next(lines)
     with pytest.raises(FileNotFoundError, match=r"lines\.txt does not exist .* did you mean .*lines\.txt\.gz\?"):
         list(read_lines(tmp_path / "lines.txt"))
+
+
+def test_a_pattern_reads_its_files_in_order(tmp_path):
+    for number in (2, 0, 1):
+        (tmp_path / f"part-{number}.tsv").write_text(f"a{number}\tb{number}\n")
+        (tmp_path / f"part-{number}.en").write_text(f"c{number}\n")
+        (tmp_path / f"part-{number}.it").write_text(f"d{number}\n")
+    pairs = read_pairs(str(tmp_path / "part-*.tsv"))
+    assert pairs["source"] == ["a0", "a1", "a2"]
+    stream = read_pairs([str(tmp_path / "part-*.en"), str(tmp_path / "part-*.it")], streaming=True)
+    assert stream.num_shards == 3
+    assert [row["target"] for row in stream] == ["d0", "d1", "d2"]
+    (tmp_path / "part-2.it").unlink()
+    with pytest.raises(ValueError, match=r"part-\*.en matches 3 files and .*part-\*.it 2: they must be as many"):
+        read_pairs([str(tmp_path / "part-*.en"), str(tmp_path / "part-*.it")])
+    with pytest.raises(FileNotFoundError, match=r"no file matches .*other-\*.tsv"):
+        read_pairs(str(tmp_path / "other-*.tsv"))
+
+
+def test_large_files_are_mapped_from_a_cache_of_their_content(tmp_path, monkeypatch):
+    """Read and encoded once for each content, whatever the file's name or date; mapped, not held in memory."""
+    monkeypatch.setattr(reading, "LARGEST_IN_MEMORY", 10)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    calls = []
+    original = reading._tsv_rows
+    monkeypatch.setattr(reading, "_tsv_rows", lambda *arguments: calls.append(1) or original(*arguments))
+    path = tmp_path / "pairs.tsv"
+    path.write_text("uno due\tdue uno\n" * 3)
+    tokenizer = train_tokenizer(["uno due"], kind="word")
+    first = read_pairs(path)
+    assert first.cache_files
+    encoded, _ = encode_pairs(first, tokenizer)
+    assert encoded.cache_files
+    again, _ = encode_pairs(read_pairs(path), train_tokenizer(["uno due"], kind="word"))
+    assert again.cache_files == encoded.cache_files
+    assert len(calls) == 1
+    path.write_text("uno due\tdue due\n" * 3)
+    assert read_pairs(path)["target"] == ["due due"] * 3
+    path.write_text("no tab\n" * 3)
+    with pytest.raises(ValueError, match=r"pairs.tsv:1: 1 tab-separated column where 2 are expected"):
+        read_pairs(path)

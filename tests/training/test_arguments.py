@@ -314,3 +314,41 @@ def test_saved_experiments_are_plain_yaml(tmp_path, experiment_file):
     text = (tmp_path / "experiment.yaml").read_text()
     assert text.startswith("# dragoman train experiment.yaml\n")
     assert yaml.safe_load(text)["model"]["model_type"] == "dragoman"
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), [
+    (["training.max_tokens_per_batch=0"], "training: max_tokens_per_batch is 0; it must be at least 1"),
+    (["training.packing=true"], "packing needs max_tokens_per_batch, the tokens of a batch"),
+    (["training.max_tokens_per_batch=9", "training.per_device_train_batch_size=3"],
+     "training.per_device_train_batch_size and training.max_tokens_per_batch exclude each other"),
+    (["model.preset=lstm_luong", "training.max_tokens_per_batch=99", "training.packing=true"],
+     "training.packing is for models of type 'dragoman', not 'dragoman_rnn'"),
+    (["data.num_proc=0"], "data: num_proc is 0; it must be at least 1"),
+    (["data.streaming=true", "training.max_steps=-1"], "data.streaming needs training.max_steps"),
+    (["data.streaming=true"], "data.streaming needs data.max_source_length and data.max_target_length"),
+    (["data.streaming=true", "data.max_source_length=9", "data.max_target_length=9", "data.num_proc=2"],
+     "use training.dataloader_num_workers, not data.num_proc"),
+    (["data.streaming=true", "data.max_source_length=9", "data.max_target_length=9", "training.save_strategy=epoch"],
+     "training.save_strategy is 'epoch', which a stream has not; use steps"),
+    (["data.streaming=true", "data.max_source_length=9", "data.max_target_length=9", "data.both_directions=true"],
+     "data.streaming and data.both_directions exclude each other"),
+    (["data.streaming=true", "training.num_train_epochs=3"],
+     "training.num_train_epochs is of no use with data.streaming"),
+])  # fmt: skip
+def test_budgets_packing_and_streams_that_cannot_be(tmp_path, overrides, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        load_experiment(write_experiment(tmp_path), overrides)
+
+
+def test_a_budget_given_on_the_command_line_replaces_the_batch_size(tmp_path):
+    training = load_experiment(write_experiment(tmp_path), ["training.max_tokens_per_batch=99"])
+    assert training.training.max_tokens_per_batch == 99
+    assert "per_device_train_batch_size" not in training.given["training"]
+
+
+def test_a_stream_is_evaluated_by_steps(tmp_path):
+    limits = ["data.max_source_length=9", "data.max_target_length=9"]
+    path = write_experiment(tmp_path, training={"max_steps": 5})
+    path.write_text(re.sub(r".*(eval|save)_strategy.*\n", "", path.read_text()))
+    training = load_experiment(path, ["data.streaming=true", *limits]).training
+    assert (training.eval_strategy, training.save_strategy) == ("steps", "steps")

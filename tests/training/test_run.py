@@ -28,11 +28,11 @@ def finished(tmp_path_factory):
     return train_tiny(tmp_path_factory.mktemp("finished"))
 
 
-def interrupt_in_step(monkeypatch, step: int) -> None:
+def interrupt_in_step(monkeypatch, step: int, collator: str = "Seq2SeqCollator") -> None:
     """Press Ctrl-C while the batch of this training step is made."""
     made = 0
 
-    class Interrupting(run.Seq2SeqCollator):
+    class Interrupting(getattr(run, collator)):
         def __call__(self, features, return_tensors=None):
             nonlocal made
             if self.model.training:
@@ -41,7 +41,7 @@ def interrupt_in_step(monkeypatch, step: int) -> None:
                     os.kill(os.getpid(), signal.SIGINT)
             return super().__call__(features, return_tensors)
 
-    monkeypatch.setattr(run, "Seq2SeqCollator", Interrupting)
+    monkeypatch.setattr(run, collator, Interrupting)
 
 
 def assert_equal_weights(folder: Path, other: Path) -> None:

@@ -21,6 +21,8 @@ from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenize
 OVERLONG_POLICIES = ("error", "drop", "truncate")
 EMPTY_POLICIES = ("error", "drop")
 IGNORED_LABEL = -100
+# Tokens of a packed row, if no pair is longer: enough to fill rows well, few enough for attention to stay cheap.
+PACKED_LENGTH = 256
 ENCODED_COLUMNS = ("input_ids", "labels", "length")
 
 
@@ -249,6 +251,79 @@ class Seq2SeqCollator(DataCollatorForSeq2Seq):
         if batch["labels"] is None:
             del batch["labels"]
         return batch
+
+
+class PackingCollator(Seq2SeqCollator):
+    """Put several pairs into each row, so that hardly any padding is left.
+
+    Rows are as long as `PACKED_LENGTH` or the longest pair of the batch, on each side. Which pairs share a row is
+    decided first-fit, the longest pair first; the loss does not depend on it.
+
+    Args:
+        processing_class: as in `Seq2SeqCollator`.
+        model: of the Transformer family; its `prepare_decoder_input_ids_from_labels` makes the decoder inputs.
+
+    Calling it gives `input_ids (B,S)`, `labels (B,T)`, `decoder_input_ids (B,T)`, and `segment_ids (B,S)` and
+    `decoder_segment_ids (B,T)`: numbers of the pairs in a row from 1 on, by which the model keeps them apart and begins
+    to count positions anew. Source padding is segment 0; target padding belongs to the row's last pair, whose end it
+    comes after.
+    """
+
+    def __init__(self, processing_class: ProcessingClass, model: PreTrainedModel, **kwargs: Any) -> None:
+        super().__init__(processing_class, model=model, **kwargs)
+        learned = model.config.position_embedding_type == "learned"
+        self.row_length = min(PACKED_LENGTH, model.config.max_position_embeddings) if learned else PACKED_LENGTH
+
+    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        batch = super().__call__(features, return_tensors)
+        real_source, real_target = batch["attention_mask"].bool(), batch["labels"] != IGNORED_LABEL
+        sources, targets = real_source.sum(dim=1), real_target.sum(dim=1)
+        places, sizes = self._pack(sources.tolist(), targets.tolist())
+        rows, numbers, source_starts, target_starts = torch.tensor(places).unbind(dim=1)
+        width, height = max(source for _, source, _ in sizes), max(target for _, _, target in sizes)
+
+        def spread(starts: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """Row and column of each token, pair after pair."""
+            before = lengths.cumsum(dim=0) - lengths
+            column = torch.arange(int(lengths.sum())) + (starts - before).repeat_interleave(lengths)
+            return rows.repeat_interleave(lengths), column
+
+        source_at, target_at = spread(source_starts, sources), spread(target_starts, targets)
+        padding = self.tokenizer.pad_token_id
+        packed = {
+            "input_ids": batch["input_ids"].new_full((len(sizes), width), padding),
+            "segment_ids": torch.zeros(len(sizes), width, dtype=torch.long),
+            "labels": batch["labels"].new_full((len(sizes), height), IGNORED_LABEL),
+            "decoder_input_ids": batch["labels"].new_full((len(sizes), height), padding),
+            "decoder_segment_ids": torch.tensor([[pairs] for pairs, _, _ in sizes]).repeat(1, height),
+        }
+        packed["input_ids"][source_at] = batch["input_ids"][real_source]
+        packed["segment_ids"][source_at] = numbers.repeat_interleave(sources)
+        packed["labels"][target_at] = batch["labels"][real_target]
+        packed["decoder_input_ids"][target_at] = batch["decoder_input_ids"][real_target]
+        packed["decoder_segment_ids"][target_at] = numbers.repeat_interleave(targets)
+        return packed
+
+    def _pack(
+        self, sources: list[int], targets: list[int]
+    ) -> tuple[list[tuple[int, int, int, int]], list[tuple[int, int, int]]]:
+        """For each pair its row, its number there and where its sides begin; for each row its pairs and tokens."""
+        most_source, most_target = max(self.row_length, *sources), max(self.row_length, *targets)
+        places = [(0, 0, 0, 0)] * len(sources)
+        sizes: list[tuple[int, int, int]] = []
+        for pair in sorted(range(len(sources)), key=lambda pair: -max(sources[pair], targets[pair])):
+            room = (
+                row
+                for row, (_, source, target) in enumerate(sizes)
+                if source + sources[pair] <= most_source and target + targets[pair] <= most_target
+            )
+            row = next(room, len(sizes))
+            if row == len(sizes):
+                sizes.append((0, 0, 0))
+            pairs, source, target = sizes[row]
+            places[pair] = (row, pairs + 1, source, target)
+            sizes[row] = (pairs + 1, source + sources[pair], target + targets[pair])
+        return places, sizes
 
 
 def _check_ids(rows: list[dict[str, Any]], name: str, side: str, vocab_size: int) -> None:

@@ -19,6 +19,7 @@ from typing import Literal
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from dragoman.data.reading import Pairs
 from dragoman.data.tokenizers import ProcessingClass, language_token, source_and_target_tokenizer
 from dragoman.settings import did_you_mean
 
@@ -124,7 +125,15 @@ def _speaking(tokenizer: PreTrainedTokenizerBase, side: Side, code: str | None) 
         setattr(tokenizer, attribute, before)
 
 
-def set_languages(processing_class: ProcessingClass, pairs: Dataset) -> None:
+def languages_of(pairs: Pairs, side: Side) -> list[str]:
+    """The languages of the pairs on one side, in the order in which they come; a stream is read to its end for them."""
+    column = f"{side}_lang"
+    if column not in (pairs.column_names or next(iter(pairs))):
+        return []
+    return pairs.unique(column) if isinstance(pairs, Dataset) else list(dict.fromkeys(row[column] for row in pairs))
+
+
+def set_languages(processing_class: ProcessingClass, pairs: Pairs) -> None:
     """Make the languages of these pairs those of the tokenizer: what it will be saved with.
 
     A tokenizer trained here gets those that it has tokens for, but knows from the other side alone. A checkpoint's is
@@ -135,9 +144,9 @@ def set_languages(processing_class: ProcessingClass, pairs: Dataset) -> None:
     """
     sides: list[tuple[Side, str]] = [("source", "src_lang"), ("target", "tgt_lang")]
     for side, attribute in sides:
-        if f"{side}_lang" not in pairs.column_names:
+        codes = languages_of(pairs, side)
+        if not codes:
             continue
-        codes = pairs.unique(f"{side}_lang")
         tokenizer = source_and_target_tokenizer(processing_class)[side == "target"]
         known = trained_languages(processing_class, side)
         for code in codes:

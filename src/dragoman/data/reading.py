@@ -7,6 +7,7 @@ further columns are kept. A row that is not a pair of strings is a `ValueError` 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import logging
 import re
@@ -20,6 +21,7 @@ from typing import IO, Any, TypeAlias, cast
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, Value, concatenate_datasets, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 SETTING_COLUMNS = ("source_lang", "target_lang", "source_prefix")
 EMBEDDED_DIR = Path(__file__).parent / "embedded"
 EMBEDDED_PREFIX = "embedded:"
+LARGEST_IN_MEMORY = 64 << 20  # bytes of files, compressed or not
 # Of two such cells a first line may be a heading; the pair is kept, with a warning.
 HEADING = re.compile(
     r"(src|tgt|trg|source|target|text|input|output)(_(text|sentence|lang))?"
@@ -46,7 +49,8 @@ def read_pairs(
 
     Args:
         spec: one of
-            - a path that ends in `.jsonl` or `.jsonl.gz`: one JSON object a line;
+            - a path that ends in `.jsonl` or `.jsonl.gz`: one JSON object a line; here and below a path may be a
+              pattern such as `train-*.jsonl.gz`, whose files are read one after another in the order of their names;
             - a path that ends in `.tsv` or `.tsv.gz`: two columns without a heading, or any number of columns below a
               first line that names them (it must hold both column names; one that seems to name others is remarked
               upon); no quoting, no escapes;
@@ -74,16 +78,19 @@ def read_pairs(
     if isinstance(spec, str) and spec.startswith(EMBEDDED_PREFIX):
         spec = _embedded_path(spec)
     if isinstance(spec, str | Path):
-        path = existing_path(Path(spec))
-        if path.is_dir():
-            return _pairs_of_folder(path, columns, streaming)
-        return _pairs_of_rows((path,), columns, streaming)
+        files = _matching(Path(spec))
+        if files[0].is_dir():
+            return _pairs_of_folder(files[0], columns, streaming)
+        return _pairs_of_rows([(file,) for file in files], columns, streaming)
     paths = tuple(Path(part) for part in spec)
     if len(paths) != 2:
         raise ValueError(f"parallel text files come as two paths [source, target], but {len(paths)} were given: {spec}")
     if columns != ("source", "target"):
         raise ValueError(f"parallel text files have no column names, so {columns} cannot be chosen in {paths[0]}")
-    return _pairs_of_rows(tuple(existing_path(path) for path in paths), columns, streaming)
+    sources, targets = map(_matching, paths)
+    if len(sources) != len(targets):
+        raise ValueError(f"{paths[0]} matches {len(sources)} files and {paths[1]} {len(targets)}: they must be as many")
+    return _pairs_of_rows(list(zip(sources, targets, strict=True)), columns, streaming)
 
 
 def with_settings(
@@ -144,13 +151,27 @@ def read_lines(path: str | Path = "-") -> Iterator[str]:
         yield from (line for _, line in _numbered_lines(handle, existing))
 
 
-def _pairs_of_rows(paths: tuple[Path, ...], columns: tuple[str, str], streaming: bool) -> Pairs:
-    """Read files: `paths` is one file of pairs, or the two halves of parallel text."""
+def _pairs_of_rows(shards: list[tuple[Path, ...]], columns: tuple[str, str], streaming: bool) -> Pairs:
+    """Read files: each shard is one file of pairs, or the two halves of parallel text.
+
+    What is large goes through the cache of `datasets` on the disk, once for each content of the files, and is mapped
+    into memory from there.
+    """
     if streaming:
-        # The paths travel as a tuple: `datasets` would deal a list out to its workers, one item each.
-        return IterableDataset.from_generator(_rows, gen_kwargs={"paths": paths, "columns": columns})
+        # A list is dealt out to processes and workers, and shuffled, by shards.
+        return IterableDataset.from_generator(_rows, gen_kwargs={"shards": shards, "columns": columns})
+    files = [path for shard in shards for path in shard]
+    if sum(path.stat().st_size for path in files) > LARGEST_IN_MEMORY:
+        content = tuple(_digest(path) for path in files)
+        try:
+            return cast(
+                Dataset,
+                Dataset.from_generator(_rows, gen_kwargs={"shards": shards, "columns": columns, "content": content}),
+            )
+        except DatasetGenerationError as error:
+            raise (error.__cause__ if isinstance(error.__cause__, ValueError) else error) from None
     table: dict[str, list[Any]] = {"source": [], "target": []}
-    for count, row in enumerate(_rows(paths, columns)):
+    for count, row in enumerate(_rows(shards, columns)):
         for name in row.keys() - table.keys():
             table[name] = [None] * count
         for name, values in table.items():
@@ -158,25 +179,33 @@ def _pairs_of_rows(paths: tuple[Path, ...], columns: tuple[str, str], streaming:
     for name in SETTING_COLUMNS:
         missing = [row + 1 for row, value in enumerate(table.get(name, ())) if not isinstance(value, str)]
         if missing:
-            raise ValueError(f"{paths[0]}: pair {missing[0]} has no text as its {name!r}, which other pairs have")
+            raise ValueError(f"{files[0]}: pair {missing[0]} has no text as its {name!r}, which other pairs have")
     try:
         return Dataset.from_dict(table)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"{paths[0]}: an extra column holds values of more than one type ({error})") from error
+        raise ValueError(f"{files[0]}: an extra column holds values of more than one type ({error})") from error
 
 
-def _rows(paths: tuple[Path, ...], columns: tuple[str, str]) -> Iterator[dict[str, Any]]:
-    """Yield checked rows `{"source": str, "target": str, ...}` of one file of pairs or of two parallel text files."""
-    if len(paths) == 2:
-        rows = _parallel_rows(*paths)
-    else:
-        rows = _formats(paths[0])(paths[0], columns)
-    empty = True
-    for row in rows:
-        empty = False
-        yield row
-    if empty:
-        raise ValueError(f"{paths[0]}: the file holds no pairs")
+def _rows(
+    shards: list[tuple[Path, ...]], columns: tuple[str, str], content: tuple[str, ...] = ()
+) -> Iterator[dict[str, Any]]:
+    """Yield checked rows `{"source": str, "target": str, ...}` of files of pairs, or of parallel text files.
+
+    `content` says nothing here; it tells the cache of `datasets` one state of the files from another.
+    """
+    for paths in shards:
+        rows = _parallel_rows(*paths) if len(paths) == 2 else _formats(paths[0])(paths[0], columns)
+        empty = True
+        for row in rows:
+            empty = False
+            yield row
+        if empty:
+            raise ValueError(f"{paths[0]}: the file holds no pairs")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "blake2b").hexdigest()
 
 
 def _formats(path: Path):
@@ -346,6 +375,16 @@ def existing_path(path: Path) -> Path:
     similar = get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(str(folder / name) for name in similar)}?" if similar else ""
     raise FileNotFoundError(f"{path} does not exist in {folder.resolve()}{hint}")
+
+
+def _matching(path: Path) -> list[Path]:
+    """The file of this path, or the files that match it as a pattern."""
+    if path.exists() or not any(sign in path.name for sign in "*?["):
+        return [existing_path(path)]
+    files = sorted(path.parent.glob(path.name))
+    if not files:
+        raise FileNotFoundError(f"no file matches {path}")
+    return files
 
 
 def _embedded_path(spec: str) -> Path:

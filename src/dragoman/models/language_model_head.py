@@ -8,7 +8,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import can_return_tuple
 
 from .embeddings import TokenTables
-from .loss import next_token_loss
+from .loss import next_token_loss, next_token_loss_of_states
 
 
 # Shapes: B sources, S source length, T target length, D width of the decoder states, V target vocabulary.
@@ -36,9 +36,9 @@ class LanguageModelHead(TokenTables):
     def set_output_embeddings(self, value: nn.Module):
         self.lm_head = value
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, V)"""
-        return self.lm_head(states)
+    def head_inputs(self, states: torch.Tensor) -> torch.Tensor:
+        """Decoder states (B, T, D) as the output layer takes them."""
+        return states
 
     def target_arguments(self, decoder_inputs: torch.Tensor | None, kwargs: dict) -> dict:
         """`kwargs` with what only this family does to its decoder inputs, ids (B, T) or embeddings (B, T, D)."""
@@ -64,6 +64,7 @@ class LanguageModelHead(TokenTables):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        output_logits: bool | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """
@@ -74,9 +75,12 @@ class LanguageModelHead(TokenTables):
                 input is given, the labels shifted right become it.
             logits_to_keep: compute logits for the last so many positions only, or for these; 0 means all.
             num_items_in_batch: number of labels of the whole optimizer step, by which the summed loss is divided.
+            output_logits: whether to return logits beside the loss. Where it is not given, they are left out only in
+                training mode with `labels` and `num_items_in_batch`: as a Trainer calls when it optimizes. The loss
+                then takes a fraction of the memory.
 
         Returns:
-            `logits` (B, T, V), `loss` if labels are given (label smoothing only in training mode), and the rest.
+            `logits` (B, T, V) or None, `loss` if labels are given (label smoothing in training mode), and the rest.
         """
         if labels is not None:
             use_cache = False if use_cache is None else use_cache
@@ -101,14 +105,26 @@ class LanguageModelHead(TokenTables):
             **self.target_arguments(decoder_inputs, kwargs),
         )
         states = outputs.last_hidden_state
+        loss = logits = None
         if labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            states = states[:, kept]
-        logits = self.logits(states)
-        loss = None
-        if labels is not None:
+            logits = self.lm_head(self.head_inputs(states[:, kept]))
+        else:
+            if output_logits is None:
+                output_logits = not self.training or num_items_in_batch is None
             smoothing = self.config.label_smoothing if self.training else 0.0
-            loss = next_token_loss(logits, labels, smoothing, num_items_in_batch)
+            if output_logits:
+                logits = self.lm_head(self.head_inputs(states))
+                loss = next_token_loss(logits, labels, smoothing, num_items_in_batch)
+            else:
+                loss = next_token_loss_of_states(
+                    self.head_inputs(states),
+                    self.lm_head,
+                    labels,
+                    self.config.vocab_size,
+                    smoothing,
+                    num_items_in_batch,
+                )
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,

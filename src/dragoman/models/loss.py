@@ -1,10 +1,15 @@
-"""Next-token loss, written once for both families."""
+"""Next-token loss, written once for both families: from logits, or from decoder states without keeping logits."""
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
-# Shapes: B batch, T target length, V target vocabulary.
+# Shapes: B batch, T target length, D width of the decoder states, V target vocabulary, N real targets of the batch.
+
+# Logits held at a time: 16 MiB in single precision, which also suits caches. Rows, because narrow products are slow.
+LOGITS_AT_A_TIME = 1 << 22
+FEWEST_ROWS_AT_A_TIME = 256
 
 
 def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
@@ -61,7 +66,107 @@ def next_token_loss(
     total = nn.functional.cross_entropy(
         logits, labels, ignore_index=-100, reduction="sum", label_smoothing=label_smoothing
     )
-    if num_items_in_batch is None:
-        return total / (labels != -100).sum().clamp(min=1)
+    return _average(total, (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def next_token_loss_of_states(
+    states: torch.Tensor,
+    lm_head: nn.Module,
+    labels: torch.Tensor,
+    vocab_size: int,
+    label_smoothing: float = 0.0,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    `next_token_loss(lm_head(states), labels, ...)` without the logits of all positions in memory: they are made for the
+    real targets only, a few rows at a time, and become gradients at once (the idea of Hsu 2024, Liger Kernel).
+
+    Args:
+        states: `(B, T, D)`, what the head takes.
+        lm_head: a plain linear layer; any other module (an adapter, a sharded layer, one with hooks) is called chunk by
+            chunk under a checkpoint, which bounds memory too and computes the logits twice.
+        labels: `(B, T)`.
+        vocab_size: V, by which the rows held at a time are counted.
+    """
+    labels = labels.to(states.device).flatten()
+    real = (labels != -100).nonzero().squeeze(1)
+    states, labels = states.flatten(0, 1)[real], labels[real]  # (N, D), (N,)
+    if _is_plain_linear(lm_head):
+        total = _LinearCrossEntropy.apply(states, lm_head.weight, lm_head.bias, labels, label_smoothing)
+    else:
+
+        def chunk_loss(some_states: torch.Tensor, some_labels: torch.Tensor) -> torch.Tensor:
+            logits = lm_head(some_states)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return nn.functional.cross_entropy(logits, some_labels, reduction="sum", label_smoothing=label_smoothing)
+
+        rows = _rows_at_a_time(vocab_size)
+        chunks = zip(states.split(rows), labels.split(rows), strict=True)
+        total = sum((checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks), states.sum() * 0.0)
+    return _average(total, len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of `states @ weight.T + bias`; the gradients are made on the way forward."""
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, labels, label_smoothing):
+        """(N, D), (V, D), (V) or None, (N) -> a number"""
+        device, vocab_size = states.device.type, weight.shape[0]
+        mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if mixed else states.dtype
+        precision = torch.promote_types(dtype, torch.float32)
+        needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        with torch.autocast(device, enabled=False):
+            inputs, matrix = states.to(dtype), weight.to(dtype)
+            total = torch.zeros((), dtype=precision, device=states.device)
+            states_grad = torch.empty_like(inputs) if needs_states else None
+            weight_grad = torch.zeros_like(weight, dtype=precision) if needs_weight else None
+            bias_grad = torch.zeros_like(bias, dtype=precision) if needs_bias else None
+            for begin in range(0, len(labels), _rows_at_a_time(vocab_size)):
+                chunk = slice(begin, begin + _rows_at_a_time(vocab_size))
+                gold = labels[chunk, None]
+                logits = (inputs[chunk] @ matrix.t()).to(precision)
+                if bias is not None:
+                    logits += bias
+                normalizer = logits.logsumexp(dim=-1, keepdim=True)
+                target = (1 - label_smoothing) * logits.gather(1, gold)
+                if label_smoothing:
+                    target = target + label_smoothing * logits.mean(dim=-1, keepdim=True)
+                total += (normalizer - target).sum()
+                if not (needs_states or needs_weight or needs_bias):
+                    continue
+                gradient = logits.sub_(normalizer).exp_().sub_(label_smoothing / vocab_size)
+                gradient.scatter_add_(1, gold, gradient.new_full(gold.shape, label_smoothing - 1))
+                if bias_grad is not None:
+                    bias_grad += gradient.sum(dim=0)
+                gradient = gradient.to(dtype)
+                if states_grad is not None:
+                    states_grad[chunk] = gradient @ matrix
+                if weight_grad is not None and dtype == precision:
+                    weight_grad.addmm_(gradient.t(), inputs[chunk])
+                elif weight_grad is not None:
+                    weight_grad += gradient.t() @ inputs[chunk]
+        ctx.save_for_backward(states_grad, weight_grad, bias_grad)
+        ctx.dtypes = states.dtype, weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, total_grad):
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if one is None else (one * total_grad).to(dtype) for one, dtype in gradients), None, None
+
+
+def _rows_at_a_time(vocab_size: int) -> int:
+    return max(LOGITS_AT_A_TIME // vocab_size, FEWEST_ROWS_AT_A_TIME)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether its weight may be used without calling it: a subclass, a hook or a replaced `forward` may do more."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooked and type(module.weight) is nn.Parameter
+
+
+def _average(total: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
     # A batch without a single label has a loss of 0, not of 0 / 0.
-    return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1)

@@ -565,9 +565,9 @@ class DragomanForConditionalGeneration(LanguageModelHead, DragomanPreTrainedMode
         if self.generation_config.max_length is None:
             self.generation_config.max_length = config.max_position_embeddings
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, V)"""
-        return self.lm_head(states if self.config.logit_scale is None else states * self.config.logit_scale)
+    def head_inputs(self, states: torch.Tensor) -> torch.Tensor:
+        """Decoder states (B, T, D) as the output layer takes them."""
+        return states if self.config.logit_scale is None else states * self.config.logit_scale
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         if self.config.rotate_labels:

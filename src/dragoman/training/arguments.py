@@ -64,6 +64,15 @@ class DataArguments:
     target_lang: str | None = None
     both_directions: bool = False  # use every pair a second time, turned round with its languages
     source_prefix: str | None = None  # put before every source, and saved with the model for later ones
+    num_proc: int | None = None  # processes that encode the pairs
+    streaming: bool = False  # read the training pairs while training, again and again, instead of before
+    shuffle_buffer: int = 10_000  # pairs of a stream that are read ahead, to be shuffled and grouped by length
+
+    def __post_init__(self) -> None:
+        for name in ("num_proc", "shuffle_buffer"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -105,6 +114,17 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     dataloader_pin_memory: bool = torch.accelerator.is_available()
     generation_num_beams: int | None = 1  # during training; the test at the end uses the `generation` section
     restore_callback_states_from_checkpoint: bool = True  # so that a resumed run keeps the patience it has used up
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most source and target tokens of a training batch on a device, padding included, in place of "
+            "per_device_train_batch_size: pairs of like lengths share a batch."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Put several pairs into each row; max_tokens_per_batch then counts real tokens."},
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations in a row without a better metric_for_best_model."},
@@ -129,6 +149,10 @@ class TrainingArguments(Seq2SeqTrainingArguments):
                 )
             if self.greater_is_better is None:  # Transformers knows only that a loss should fall
                 self.greater_is_better = known[best]
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(f"max_tokens_per_batch is {self.max_tokens_per_batch}; it must be at least 1")
+        if self.packing and self.max_tokens_per_batch is None:
+            raise ValueError("packing needs max_tokens_per_batch, the tokens of a batch")
         super().__post_init__()
         if self.teacher_forcing_schedule is not None:
             valid = list(inspect.signature(teacher_forcing_schedule).parameters)[1:]
@@ -177,6 +201,14 @@ _SECTIONS: dict[str, type] = {
     "generation": GenerationArguments,
     "training": TrainingArguments,
 }
+# What a token budget takes the place of, and what a stream cannot have.
+_WITHOUT_BUDGET = (
+    "per_device_train_batch_size",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "auto_find_batch_size",
+)
+_WITHOUT_STREAM = ("train_sampling_strategy", "dataloader_drop_last", "auto_find_batch_size", "num_train_epochs")
 # What a run without validation data cannot do; keys given by the user are left alone and refused by the Trainer.
 _WITHOUT_VALIDATION = {"eval_strategy": "no", "load_best_model_at_end": False, "metric_for_best_model": None}
 
@@ -208,8 +240,8 @@ class Experiment:
 def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
     """Read a YAML file, apply overrides such as `training.learning_rate=2e-3` (values are YAML too), check it all.
 
-    The override `model.preset=NAME` takes the place of the file's whole model section, and `model.from_pretrained=PATH`
-    of its tokenizer section too.
+    The override `model.preset=NAME` takes the place of the file's whole model section, `model.from_pretrained=PATH` of
+    its tokenizer section too, and `training.max_tokens_per_batch=N` of its batch size and sampling strategy.
 
     Raises:
         FileNotFoundError: the file does not exist, or the checkpoint to start from.
@@ -230,6 +262,10 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         sections["tokenizer"] = {}
     for section, key, value in changes:
         sections[section][key] = value
+    if ("training", "max_tokens_per_batch") in keys_changed:
+        for key in _WITHOUT_BUDGET:
+            if ("training", key) not in keys_changed:
+                sections["training"].pop(key, None)
 
     def where(section: str, key: str) -> str:
         return "override: " if (section, key) in keys_changed else f"{path}: "
@@ -252,6 +288,8 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
                     "but there is no data.validation to evaluate on"
                 )
             keys = _WITHOUT_VALIDATION | keys
+        if name == "training":
+            keys = _checked_batches(keys, built["data"], sections["model"]["model_type"], where)
         try:
             built[name] = section_class(**keys)
         except ValueError as error:
@@ -344,6 +382,42 @@ def _checked_section(
     for f in fields:
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in keys:
             raise ValueError(f"{where(name, f.name)}{name}.{f.name} is missing")
+    return keys
+
+
+def _checked_batches(
+    keys: dict[str, Any], data: DataArguments, model_type: str, where: Callable[[str, str], str]
+) -> dict[str, Any]:
+    """The training section, with what follows from a stream; refuses what a budget or a stream would leave unused."""
+    if keys.get("max_tokens_per_batch") is not None:
+        for key in _WITHOUT_BUDGET:
+            if key in keys:
+                raise ValueError(
+                    f"{where('training', key)}training.{key} and training.max_tokens_per_batch exclude each other"
+                )
+    if keys.get("packing") and model_type != "dragoman":
+        raise ValueError(
+            f"{where('training', 'packing')}training.packing is for models of type 'dragoman', not {model_type!r}, "
+            "which would read on from one pair into the next"
+        )
+    if not data.streaming:
+        return keys
+    streaming = where("data", "streaming") + "data.streaming"
+    if keys.get("max_steps", -1) < 1:
+        raise ValueError(f"{streaming} needs training.max_steps: nobody knows how long a stream is")
+    for key in _WITHOUT_STREAM:
+        if key in keys:
+            raise ValueError(f"{where('training', key)}training.{key} is of no use with data.streaming; leave it out")
+    if data.max_source_length is None or data.max_target_length is None:
+        raise ValueError(f"{streaming} needs data.max_source_length and data.max_target_length, which bound its memory")
+    if data.both_directions:
+        raise ValueError(f"{streaming} and data.both_directions exclude each other: write both directions to the files")
+    if data.num_proc is not None:
+        raise ValueError(f"{streaming} encodes while training: use training.dataloader_num_workers, not data.num_proc")
+    keys = {"eval_strategy": "steps", "save_strategy": "steps"} | keys
+    for key in ("eval_strategy", "save_strategy"):
+        if keys[key] == "epoch":
+            raise ValueError(f"{where('training', key)}training.{key} is 'epoch', which a stream has not; use steps")
     return keys
 
 

@@ -14,12 +14,12 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import (
@@ -37,9 +37,9 @@ from transformers import (
     set_seed,
 )
 
-from dragoman.data.collators import Seq2SeqCollator, encode_pairs
-from dragoman.data.languages import save_prefix, set_languages, trained_languages
-from dragoman.data.reading import read_pairs, turned_round, with_settings
+from dragoman.data.collators import PackingCollator, Seq2SeqCollator, encode_pairs
+from dragoman.data.languages import languages_of, save_prefix, set_languages, trained_languages
+from dragoman.data.reading import Pairs, read_pairs, turned_round, with_settings
 from dragoman.data.tokenizers import (
     ProcessingClass,
     build_tokenizer,
@@ -53,6 +53,7 @@ from dragoman.inference.languages import language_argument, language_id
 from dragoman.inference.translate import model_folder
 from dragoman.settings import one_line
 from dragoman.training.arguments import Experiment, load_experiment
+from dragoman.training.batches import side_lengths
 from dragoman.training.card import decoding_name, write_card
 from dragoman.training.memory import MemoryEstimate, estimate_memory
 from dragoman.training.push import check_token, one_sentence_for_hub_errors, push
@@ -100,9 +101,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     tokenizer = _shared_tokenizer(experiment, pairs["train"], checkpoint)
     compute_metrics = build_compute_metrics(tokenizer, arguments.metrics) if arguments.predict_with_generate else None
     encoded = _encode(experiment, pairs, tokenizer, say)
-    longest_target = max(map(len, encoded["train"]["labels"]))
-    codes = pairs["train"].unique("target_lang") if "target_lang" in pairs["train"].column_names else []
-    model = build_model(experiment, tokenizer, longest_target, codes)
+    longest_target = _longest_target(experiment, encoded["train"])
+    model = build_model(experiment, tokenizer, longest_target, languages_of(pairs["train"], "target"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = [f"{len(side):,}" for side in dict.fromkeys(source_and_target_tokenizer(tokenizer))]
     say(f"vocabulary: {f'{sizes[0]} source, {sizes[1]} target' if len(sizes) == 2 else f'{sizes[0]} joint'}")
@@ -112,7 +112,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     callbacks: list[TrainerCallback] = [companion]
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
-    trainer_class: Callable[..., Seq2SeqTrainer] = partial(LanguagesTrainer, argument=language_argument(tokenizer))
+    collator = Seq2SeqCollator(tokenizer, model=model)
+    trainer_class: Callable[..., LanguagesTrainer] = partial(LanguagesTrainer, argument=language_argument(tokenizer))
     if arguments.teacher_forcing_schedule is not None:
         trainer_class = partial(
             ScheduledSamplingTrainer,
@@ -123,7 +124,9 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         trainer = trainer_class(
             model=model,
             args=arguments,
-            data_collator=Seq2SeqCollator(tokenizer, model=model),
+            data_collator=collator,
+            train_collator=PackingCollator(tokenizer, model=model) if arguments.packing else collator,
+            shuffle_buffer=experiment.data.shuffle_buffer,
             train_dataset=encoded["train"],
             eval_dataset=encoded.get("validation"),
             processing_class=tokenizer,
@@ -149,7 +152,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
             (output / "training_args.bin").unlink()  # experiment.yaml says the same and is no pickle
             trainer.state.save_to_json(str(output / "trainer_state.json"))
             (output / "test_results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-            write_card(output, example=pairs["train"]["source"][0])
+            write_card(output, example=next(iter(pairs["train"]))["source"])
             _mark_complete(output, experiment, trainer.state)
     if is_pushed and arguments.process_index == 0:
         commit = push(output, str(trainer.hub_model_id), revision=arguments.hub_revision, message="End of training")
@@ -157,7 +160,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     for name, value in scores.items():
         say(f"test {name}: {value:.2f} ({decoding_name(model.generation_config)})")
     say(f"\nThe model is in {output}. To use it in Python:\n")
-    say(usage(output, tokenizer, pairs["train"][0]), highlight=False, markup=False)
+    say(usage(output, tokenizer, next(iter(pairs["train"]))), highlight=False, markup=False)
     return output
 
 
@@ -340,10 +343,18 @@ class _Companion(TrainerCallback):
 
 def _memory(model: PreTrainedModel, arguments: Any, encoded: Dataset) -> MemoryEstimate:
     """Of a step on the longest pairs, which a batch grouped by length really is."""
-    rows = min(arguments.per_device_train_batch_size, len(encoded))
-    longest = encoded.select(np.argsort(encoded["length"])[-rows:])
-    sizes = (max(map(len, longest[column])) for column in ("input_ids", "labels"))
-    return estimate_memory(model, arguments, rows, *sizes)
+    data = experiment.data
+    if isinstance(encoded, IterableDataset):
+        source, target = cast(int, data.max_source_length), cast(int, data.max_target_length)
+        rows = arguments.per_device_train_batch_size
+    else:
+        rows = min(arguments.per_device_train_batch_size, len(encoded))
+        sources, targets = side_lengths(encoded)
+        longest = np.argsort(np.maximum(sources, targets))[-rows:]
+        source, target = int(sources[longest].max()), int(targets[longest].max())
+    if arguments.max_tokens_per_batch is not None:
+        rows = max(arguments.max_tokens_per_batch // (source + target), 1)
+    return estimate_memory(model, arguments, rows, source, target)
 
 
 def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite: bool) -> None:
@@ -381,12 +392,17 @@ def _claim_output(output: Path, experiment: Experiment, overwrite: bool) -> None
     experiment.save(output / EXPERIMENT_FILE)
 
 
-def _read(experiment: Experiment) -> dict[str, Dataset]:
+def _read(experiment: Experiment) -> dict[str, Pairs]:
     data = experiment.data
     specs = {split: getattr(data, split) for split in SPLITS}
     pairs = {
         split: with_settings(
-            read_pairs(spec, source_column=data.source_column, target_column=data.target_column),
+            read_pairs(
+                spec,
+                streaming=data.streaming and split == "train",
+                source_column=data.source_column,
+                target_column=data.target_column,
+            ),
             f"data.{split}",
             source_lang=data.source_lang,
             target_lang=data.target_lang,
@@ -400,7 +416,7 @@ def _read(experiment: Experiment) -> dict[str, Dataset]:
     return pairs
 
 
-def _shared_tokenizer(experiment: Experiment, pairs: Dataset, checkpoint: Path | None) -> ProcessingClass:
+def _shared_tokenizer(experiment: Experiment, pairs: Pairs, checkpoint: Path | None) -> ProcessingClass:
     """The tokenizer of the main process for all of them: trained twice, a Unigram may differ."""
     shared: list[Any] = [None]
     if experiment.training.process_index == 0:
@@ -414,7 +430,7 @@ def _shared_tokenizer(experiment: Experiment, pairs: Dataset, checkpoint: Path |
     return tokenizer
 
 
-def _tokenizer(experiment: Experiment, pairs: Dataset, checkpoint: Path | None) -> ProcessingClass:
+def _tokenizer(experiment: Experiment, pairs: Pairs, checkpoint: Path | None) -> ProcessingClass:
     settings = vars(experiment.tokenizer).copy()
     path = settings.pop("path")
     if checkpoint is not None:
@@ -431,15 +447,15 @@ def _tokenizer(experiment: Experiment, pairs: Dataset, checkpoint: Path | None) 
 
 
 def _encode(
-    experiment: Experiment, pairs: dict[str, Dataset], tokenizer: ProcessingClass, say: Callable[..., None]
-) -> dict[str, Dataset]:
+    experiment: Experiment, pairs: dict[str, Pairs], tokenizer: ProcessingClass, say: Callable[..., None]
+) -> dict[str, Pairs]:
     data = experiment.data
     encoded = {}
     for split, dataset in pairs.items():
         # A score must count every pair, so nothing is left out of the other two.
-        limits: dict[str, Any] = {"option_prefix": None}
+        limits: dict[str, Any] = {"option_prefix": None, "num_proc": data.num_proc}
         if split == "train":
-            limits = {
+            limits |= {
                 "option_prefix": "data.",
                 "max_source_length": data.max_source_length,
                 "max_target_length": data.max_target_length,
@@ -450,10 +466,20 @@ def _encode(
             encoded[split], report = encode_pairs(dataset, tokenizer, **limits)
         except ValueError as error:
             raise ValueError(f"data.{split}: {error}") from error
+        if isinstance(dataset, IterableDataset):
+            say(f"{split}: a stream of {dataset.num_shards} files")
+            continue
         if report.kept == 0:
             raise ValueError(f"data.{split}: no pair is left; {report}")
         say(f"{split}: {report}")
     return encoded
+
+
+def _longest_target(experiment: Experiment, pairs: Pairs) -> int:
+    """Tokens of the longest training target; of a stream, what its targets are limited to."""
+    if isinstance(pairs, Dataset):
+        return int(side_lengths(pairs)[1].max())
+    return cast(int, experiment.data.max_target_length)
 
 
 def _test(
