@@ -136,7 +136,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trainer.add_callback(_Lines(say) if arguments.disable_tqdm else _Progress)
     if arguments.process_index == 0:
-        say(f"memory: {_memory(model, arguments, encoded['train'])}")
+        say(f"memory: {_memory(model, experiment, encoded['train'])}")
     with _one_sentence_for_disk_errors(output), companion.catching_ctrl_c():
         if arguments.process_index == 0:
             _claim_output(output, experiment, overwrite)
@@ -341,9 +341,9 @@ class _Companion(TrainerCallback):
             signal.signal(signal.SIGINT, previous)
 
 
-def _memory(model: PreTrainedModel, arguments: Any, encoded: Dataset) -> MemoryEstimate:
+def _memory(model: PreTrainedModel, experiment: Experiment, encoded: Pairs) -> MemoryEstimate:
     """Of a step on the longest pairs, which a batch grouped by length really is."""
-    data = experiment.data
+    data, arguments = experiment.data, experiment.training
     if isinstance(encoded, IterableDataset):
         source, target = cast(int, data.max_source_length), cast(int, data.max_target_length)
         rows = arguments.per_device_train_batch_size
