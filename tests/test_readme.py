@@ -34,6 +34,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     for name in ("configs", "src"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "mine.tsv").write_text("".join(f"file {number}\tdocumento {number}\n" for number in range(50)))
     (folder / "lines.txt").write_text("Delete the selected files\n\nOpen the settings page\n")
     run(folder, "dragoman train configs/quickstart.yaml training.output_dir=runs/quickstart")
     return folder

@@ -266,6 +266,14 @@ def test_long_outputs_are_not_cut(tmp_path):
     assert len(ids) - 1 > 30
 
 
+def test_neither_validation_nor_test(tmp_path):
+    folder = train_tiny(
+        tmp_path, "data.validation=null", "data.test=null", "training.eval_strategy=no", "training.max_steps=2"
+    )
+    assert json.loads((folder / "test_results.json").read_text()) == {}
+    assert (folder / "README.md").is_file()
+
+
 def test_a_refused_run_leaves_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError):
         train_tiny(tmp_path, "data.train=nowhere.jsonl", f"training.output_dir={tmp_path}/runs/new")

@@ -285,7 +285,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
             if keys.get("eval_strategy", "no") != "no":
                 raise ValueError(
                     f"{where(name, 'eval_strategy')}training.eval_strategy is {keys['eval_strategy']!r}, "
-                    "but there is no data.validation to evaluate on"
+                    "but there is no data.validation to evaluate on: add it, or set training.eval_strategy=no"
                 )
             keys = _WITHOUT_VALIDATION | keys
         if name == "training":

@@ -156,7 +156,7 @@ def _results(folder: Path, experiment: dict[str, Any], task: str) -> list[EvalRe
     tested, evaluated = folder / "test_results.json", folder / "evaluation" / "scores.json"
     if experiment and experiment["data"].get("test") and tested.is_file():
         decoding = decoding_name(GenerationConfig.from_pretrained(folder))
-        add(data_name(experiment["data"].get("test")), json.loads(tested.read_text(encoding="utf-8")), decoding)
+        add(data_name(experiment["data"]["test"]), json.loads(tested.read_text(encoding="utf-8")), decoding)
     if evaluated.is_file():
         report = json.loads(evaluated.read_text(encoding="utf-8"))
         for strategy, result in report["strategies"].items():
