@@ -470,16 +470,22 @@ def build_page(models: dict[str, Loaded]) -> gr.Blocks:
         source = gr.Textbox(label="Source", lines=2, max_lines=8, submit_btn=False, autofocus=True, elem_id="source")
         from_language, to_language = language_choice(first, "source"), language_choice(first, "target")
         button = gr.Button("Translate", variant="primary", elem_id="translate")
+        wide: dict[str, Any] = {"min_width": 280}  # a label beside its number on one line
         with gr.Accordion("Settings of the strategies", open=False), gr.Row():
-            beams = gr.Slider(2, 12, STRATEGIES["beam"]["num_beams"], step=1, label="beam: number of beams")
-            temperature = gr.Slider(0.1, 2.0, 1.0, step=0.05, label="sampling: temperature")
-            top_k = gr.Slider(0, 100, 0, step=1, label="sampling: top-k (0: all)")
-            top_p = gr.Slider(0.05, 1.0, STRATEGIES["sampling"]["top_p"], step=0.05, label="sampling: top-p")
+            beams = gr.Slider(2, 12, STRATEGIES["beam"]["num_beams"], step=1, label="beam: number of beams", **wide)
+            temperature = gr.Slider(0.1, 2.0, 1.0, step=0.05, label="sampling: temperature", **wide)
+            top_k = gr.Slider(0, 100, 0, step=1, label="sampling: top-k (0: all)", **wide)
+            top_p = gr.Slider(0.05, 1.0, STRATEGIES["sampling"]["top_p"], step=0.05, label="sampling: top-p", **wide)
             alpha = gr.Slider(
-                0.05, 1.0, STRATEGIES["contrastive"]["penalty_alpha"], step=0.05, label="contrastive: penalty_alpha"
+                0.05,
+                1.0,
+                STRATEGIES["contrastive"]["penalty_alpha"],
+                step=0.05,
+                label="contrastive: penalty_alpha",
+                **wide,
             )
             candidates = gr.Slider(
-                2, 12, STRATEGIES["contrastive"]["top_k"], step=1, label="contrastive: candidates (top-k)"
+                2, 12, STRATEGIES["contrastive"]["top_k"], step=1, label="contrastive: candidates (top-k)", **wide
             )
         trouble = gr.HTML(elem_id="message", visible=False, apply_default_css=False)
         outputs = gr.HTML(cards(Session()), js_on_load=CLICKS, elem_id="outputs", apply_default_css=False)
