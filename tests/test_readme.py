@@ -79,6 +79,8 @@ def test_commands_run(home, command, tmp_path):
         with serve() as hub:
             assert run(home, command, **environment(hub, tmp_path)).startswith("runs/quickstart is now http://")
         return
+    if command.startswith("dragoman generate runs/mine"):
+        run(home, next(before for before in DRAGOMAN if "output_dir=runs/mine" in before) + " --overwrite")
     if command.startswith("dragoman compare"):
         run(home, "dragoman evaluate runs/quickstart embedded:tiny_en_it/test --strategy greedy --strategy beam")
     if command.startswith("dragoman demo"):
