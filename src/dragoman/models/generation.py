@@ -1,12 +1,12 @@
 """What both families add to `generate()`: contrastive search, one copy of the source for all its beams, checks."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, GenerationMixin
-from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import (
     GenerateEncoderDecoderOutput,
     GenerationMode,
@@ -15,6 +15,9 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
+from .decoding_loops import beam_search, choose, follows_own_loop, sample, unit
+from .decoding_loops import contrastive_search as contrastive_search_for_tokens
+from .decoding_steps import ForwardSteps, target_side
 from .loss import shift_tokens_right
 
 
@@ -119,7 +122,7 @@ class DragomanGenerationMixin(GenerationMixin):
     def _own_loop(
         self, generation_config: GenerationConfig | None, synced_gpus, assistant_model, streamer, kwargs: dict
     ):
-        """Contrastive search where the arguments ask for it, else None; and the arguments for the host's `generate`."""
+        """The loop of `OFFLINE_LOOPS` that the arguments ask for, or None; and the arguments for the host."""
 
         def given(name: str):
             value = kwargs.get(name)
@@ -143,15 +146,16 @@ class DragomanGenerationMixin(GenerationMixin):
         mode = self._prepare_generation_config(generation_config, **settings)[0].get_generation_mode(assistant_model)
         if not alpha or top_k <= 1 or mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.CONTRASTIVE_SEARCH):
             # What the model's own generation config says is over, or the host would look for its contrastive search.
-            return None, kwargs if alpha else {**kwargs, "penalty_alpha": 0.0}
-        if not 0 < alpha <= 1:
-            raise ValueError(f"penalty_alpha={alpha} must be between 0 (greedy) and 1 (only the penalty counts).")
+            settings, own = (kwargs if alpha else {**kwargs, "penalty_alpha": 0.0}), {}
+        else:
+            if not 0 < alpha <= 1:
+                raise ValueError(f"penalty_alpha={alpha} must be between 0 (greedy) and 1 (only the penalty counts).")
+            mode, own = GenerationMode.CONTRASTIVE_SEARCH, {"penalty_alpha": alpha, "top_k": top_k}
+        if mode not in OFFLINE_LOOPS:
+            return None, settings
         # Transformers hands a callable neither the streamer nor synced_gpus, so they travel inside it.
         synced_gpus = self._extract_generation_mode_kwargs(None, {}, synced_gpus, None, None)["synced_gpus"]
-        loop = functools.partial(
-            contrastive_search, penalty_alpha=alpha, top_k=top_k, streamer=streamer, synced_gpus=synced_gpus
-        )
-        return loop, settings
+        return functools.partial(OFFLINE_LOOPS[mode], streamer=streamer, synced_gpus=synced_gpus, **own), settings
 
     def _stop_strings_as_criterion(self, generation_config, stopping_criteria, kwargs: dict):
         """The host builds this criterion itself, but not beside a callable."""
@@ -166,6 +170,41 @@ class DragomanGenerationMixin(GenerationMixin):
             raise ValueError("stop_strings need the tokenizer: generate(..., stop_strings=..., tokenizer=tokenizer).")
         criterion = StopStringCriteria(tokenizer=kwargs.pop("tokenizer"), stop_strings=strings)
         return StoppingCriteriaList([*(stopping_criteria or []), criterion])
+
+    def decoding_steps(self, prompt: torch.Tensor, model_kwargs: dict[str, Any], g: int, **options) -> ForwardSteps:
+        """How the loops of `decoding_loops` go through the target, as `ForwardSteps` describes it."""
+        return ForwardSteps(self, prompt, model_kwargs, g, options.get("with_states", False))
+
+    # What `generate` calls for greedy search and sampling, and for beam search with or without sampling.
+
+    def _sample(
+        self,
+        input_ids: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        what = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if follows_own_loop(self, *what, model_kwargs, synced_gpus, streamer):
+            return sample(self, *what, **model_kwargs)
+        return super()._sample(*what, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+
+    def _beam_search(
+        self,
+        input_ids: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        **model_kwargs,
+    ):
+        what = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if follows_own_loop(self, *what, model_kwargs, synced_gpus, None):
+            return beam_search(self, *what, **model_kwargs)
+        return super()._beam_search(*what, synced_gpus=synced_gpus, **model_kwargs)
 
     # The beams of a sentence read the same source, so its encoder states, mask and cross-attention keys exist once:
     # they are not expanded, not reordered, and cross-attention finds out from the shapes which rows share them.
@@ -183,11 +222,6 @@ class DragomanGenerationMixin(GenerationMixin):
     def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
         target_side(past_key_values).reorder_cache(beam_idx)
         return past_key_values
-
-
-def target_side(cache: Cache) -> Cache:
-    """The part of a cache with a row per beam."""
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 @torch.no_grad()
@@ -212,13 +246,17 @@ def contrastive_search(
     The states are the decoder's last hidden states, the start token's among them, padding not. One forward pass per
     step tries all candidates and leaves the winner's logits and state behind for the next step.
 
-    Args and result as for the loops of `GenerationMixin`; `scores` are the processed logits, as in greedy search.
+    Args and result as for the loops of `GenerationMixin`; `scores` are the processed logits, as in greedy search. Where
+    only tokens are wanted, `decoding_loops` does the same faster.
     """
     cache = model_kwargs.get("past_key_values")
     if cache is not None and isinstance(target_side(cache), StaticCache):
         raise ValueError("contrastive search needs a cache that can grow: leave out cache_implementation='static'.")
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError("contrastive search needs the states of the whole target prefix: pass no filled cache.")
+    what = (model, input_ids, logits_processor, stopping_criteria, generation_config)
+    if follows_own_loop(*what, model_kwargs, synced_gpus, streamer):
+        return contrastive_search_for_tokens(*what, penalty_alpha=penalty_alpha, top_k=top_k, **model_kwargs)
 
     use_cache = model_kwargs["use_cache"]
     pad: Any = generation_config._pad_token_tensor
@@ -242,7 +280,7 @@ def contrastive_search(
 
     outputs = forward(input_ids, model_kwargs, first=True)
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=True)
-    states = _unit(outputs.decoder_hidden_states[-1])  # (B, t, D)
+    states = unit(outputs.decoder_hidden_states[-1])  # (B, t, D)
     mask = model_kwargs.get("decoder_attention_mask")
     visible = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     if mask is not None:
@@ -263,12 +301,8 @@ def contrastive_search(
         if use_cache:
             target_side(model_kwargs["past_key_values"]).batch_repeat_interleave(k)
         outputs = forward(tried, {name: _repeat_target(name, value, k) for name, value in model_kwargs.items()})
-        tried_states = _unit(outputs.decoder_hidden_states[-1][:, -1]).view(batch_size, k, -1)
-        similarity = tried_states @ states.transpose(1, 2)  # (B, k, t)
-        penalty = similarity.masked_fill(~visible[:, None], -1).amax(dim=-1)
-        # A forbidden token (probability 0) must not win because it is unlike everything before it.
-        value = ((1 - penalty_alpha) * probability - penalty_alpha * penalty).masked_fill(probability == 0, -torch.inf)
-        choice = value.argmax(dim=-1)
+        tried_states = unit(outputs.decoder_hidden_states[-1][:, -1]).view(batch_size, k, -1)
+        choice = choose(probability, tried_states, states, visible, penalty_alpha)
         winners = torch.arange(batch_size, device=choice.device) * k + choice
         if use_cache:
             target_side(model_kwargs["past_key_values"]).batch_select_indices(winners)
@@ -303,11 +337,6 @@ def contrastive_search(
     )
 
 
-def _unit(states: torch.Tensor) -> torch.Tensor:
-    """States of length 1, in full precision, so that their products are cosines."""
-    return nn.functional.normalize(states.to(torch.promote_types(states.dtype, torch.float32)), dim=-1)
-
-
 def _repeat_target(name: str, value, k: int):
     """What has a row per target gets k of them; what belongs to the source stays as it is."""
     return value.repeat_interleave(k, dim=0) if name.startswith("decoder_") and torch.is_tensor(value) else value
@@ -322,3 +351,9 @@ def _select_rows(outputs, rows: torch.Tensor):
         elif value is not None:
             outputs[name] = tuple(layer if layer is None else layer[rows] for layer in value)
     return outputs
+
+
+# The modes that `GenerationMixin` looks for on the Hub, and the loops that serve them here. A loop is called as
+# loop(model, ids, logits_processor=, stopping_criteria=, generation_config=, streamer=, synced_gpus=, **model_kwargs),
+# with ids (B * beams, t), and returns sequences or a dictionary as the host's loops do.
+OFFLINE_LOOPS: dict[GenerationMode, Callable] = {GenerationMode.CONTRASTIVE_SEARCH: contrastive_search}

@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import DragomanCrossAttention, DragomanSelfAttention, ScaledQuery
 from .configuration_dragoman import DragomanConfig
+from .decoding_steps import ForwardSteps, TransformerSteps, can_be_lean
 from .embeddings import DragomanScaledEmbedding, TokenTables
 from .generation import DragomanGenerationMixin
 from .language_model_head import LanguageModelHead
@@ -573,6 +574,11 @@ class DragomanForConditionalGeneration(LanguageModelHead, DragomanPreTrainedMode
         if self.config.rotate_labels:
             return rotate_labels(labels, self.config.pad_token_id)
         return super().prepare_decoder_input_ids_from_labels(labels)
+
+    def decoding_steps(self, prompt, model_kwargs, g: int, *, with_states: bool = False, tree: bool = True):
+        if can_be_lean(self, model_kwargs):
+            return TransformerSteps(self, prompt, model_kwargs, g, with_states, tree)
+        return ForwardSteps(self, prompt, model_kwargs, g, with_states)
 
     def prepare_inputs_for_generation(self, input_ids, decoder_attention_mask=None, **kwargs):
         """As the host's, and positions that do not count the padding of a prompt, which a static cache would hide."""

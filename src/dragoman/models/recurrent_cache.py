@@ -57,5 +57,10 @@ class DragomanRecurrentCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor):
         self.states = tuple(state.index_select(1, indices.to(state.device)) for state in self.states)
 
+    def select_sources(self, sources: torch.Tensor):
+        """Leaves the keys of these sources, (B',)."""
+        if self.keys is not None:
+            self.keys = self.keys[sources]
+
     def batch_repeat_interleave(self, repeats: int):
         self.states = tuple(state.repeat_interleave(repeats, dim=1) for state in self.states)

@@ -1,0 +1,284 @@
+"""Finished sentences leave the batch: the same tokens as from the host's loops, which run where they must."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LogitsProcessor, LogitsProcessorList, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
+
+from conftest import BOS, EOS, FAMILIES, PAD, B, Family, V, make_batch
+from dragoman.models import decoding_steps, generation, modeling_dragoman
+
+
+MODELS: dict[str, torch.nn.Module] = {}
+
+
+def build(family: Family):
+    """Models whose sentences end after very different numbers of tokens."""
+    if family.name not in MODELS:
+        model = family.build(seed=3, tie_lm_head=False)
+        model.generation_config.eos_token_id = [EOS, 5, 9, 14, 20, 22]
+        model.lm_head.weight.data *= 2
+        for layer in model.model.decoder.layers if family.is_transformer else ():
+            layer.cross_attn.o_proj.weight.data *= 4
+            layer.self_attn.o_proj.weight.data *= 2
+        MODELS[family.name] = model
+    return MODELS[family.name]
+
+
+def source(seed: int = 1, rows: int = B) -> dict[str, torch.Tensor]:
+    batch = make_batch(seed, rows)
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
+def by_the_host(monkeypatch_context, model, **arguments):
+    with monkeypatch_context() as patch:
+        patch.setattr(generation, "follows_own_loop", lambda *_: False)
+        return model.generate(**arguments)
+
+
+def settings_of(draw) -> dict:
+    """Arguments of `generate` that the loops serve by themselves, in random company."""
+    settings = {"max_new_tokens": draw(st.integers(1, 14))}
+    some = {
+        "min_new_tokens": st.integers(1, 5),
+        "forced_bos_token_id": st.just(7),
+        "forced_eos_token_id": st.just(EOS),
+        "no_repeat_ngram_size": st.integers(1, 3),
+        "bad_words_ids": st.just([[5], [6, 9]]),
+        "repetition_penalty": st.just(1.7),
+        "suppress_tokens": st.just([8, 9]),
+        "exponential_decay_length_penalty": st.just([2, 1.3]),
+        "eos_token_id": st.sampled_from([EOS, 13, [EOS, 11]]),
+        "sequence_bias": st.just([[[4, 5], -2.0]]),
+    }
+    for name, values in some.items():
+        if draw(st.integers(0, 3)) == 0:
+            settings[name] = draw(values)
+    mode = draw(st.sampled_from(["greedy", "beam", "beam", "contrastive"]))
+    if mode == "beam":
+        beams = draw(st.integers(2, 5))
+        settings |= {
+            "num_beams": beams,
+            "num_return_sequences": draw(st.integers(1, beams)),
+            "length_penalty": draw(st.sampled_from([-1.0, 0.0, 0.6, 1.0, 2.0])),
+            "early_stopping": draw(st.sampled_from([True, False, "never"])),
+        }
+    elif mode == "contrastive":
+        settings |= {"penalty_alpha": draw(st.sampled_from([0.2, 0.6])), "top_k": draw(st.integers(2, 6))}
+    if draw(st.booleans()):
+        settings["use_cache"] = draw(st.booleans())
+    return settings
+
+
+@given(data=st.data())
+def test_tokens_are_the_hosts(data):
+    """Two arbitrary decodings of an arbitrary family, with a prompt of one or more tokens, padded or not."""
+    model = build(data.draw(st.sampled_from(FAMILIES)))
+    arguments = source(data.draw(st.integers(0, 99)), data.draw(st.sampled_from([1, 2, 3, 7, 18])))
+    arguments |= settings_of(data.draw)
+    rows = len(arguments["input_ids"])
+    if data.draw(st.booleans()):
+        arguments["decoder_input_ids"] = torch.tensor([[BOS, 5, 7], [BOS, 7, 4]] * 9)[:rows]
+        transformer = isinstance(model, modeling_dragoman.DragomanForConditionalGeneration)
+        if transformer and data.draw(st.booleans()):
+            mask = torch.ones(rows, 3, dtype=torch.long)
+            mask[::2, 0] = 0
+            arguments["decoder_attention_mask"] = mask
+    ours = model.generate(**arguments)
+    stock = by_the_host(pytest.MonkeyPatch.context, model, **arguments)
+    assert torch.equal(ours, stock), (arguments, ours, stock)
+
+
+@pytest.mark.parametrize("name", ["modern", "relative", "2017", "luong"])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"penalty_alpha": 0.6, "top_k": 4}], ids=str)
+def test_long_outputs_are_the_hosts(name, settings):
+    """Long enough for the search tree to be cleared of dead branches many times."""
+    model = build(next(family for family in FAMILIES if family.name == name))
+    arguments = {**source(rows=5), "max_new_tokens": 120, "min_new_tokens": 3, "repetition_penalty": 1.05, **settings}
+    assert torch.equal(
+        model.generate(**arguments, eos_token_id=None),
+        by_the_host(pytest.MonkeyPatch.context, model, **arguments, eos_token_id=None),
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_beams": 3, "early_stopping": True},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"penalty_alpha": 0.6, "top_k": 4},
+    ],
+    ids=str,
+)
+def test_rows_do_leave(any_family, monkeypatch, settings):
+    """The number of rows in a step falls while sentences end, and no step runs for nobody."""
+    model, rows = build(any_family), []
+    for steps in (decoding_steps.ForwardSteps, decoding_steps.TransformerSteps):
+        inner = steps.next
+
+        def spy(self, tokens, parents, inner=inner):
+            rows.append(len(tokens))
+            return inner(self, tokens, parents)
+
+        monkeypatch.setattr(steps, "next", spy)
+    torch.manual_seed(0)
+    sequences = model.generate(**source(rows=9), max_new_tokens=12, suppress_tokens=[PAD], **settings)
+    some_end_early = sequences.view(9, -1, sequences.shape[1])[:, :, -2:].eq(PAD).all(dim=-1).all(dim=-1).sum() >= 2
+    assert rows[0] <= 9
+    assert rows[-1] < 9 or not some_end_early
+    assert rows == sorted(rows, reverse=True)
+
+
+def test_sampling_has_the_same_distribution(any_family):
+    """
+    The second and third token of 2,000 samples from one source, ours against the host's: the probabilities of the
+    commonest pairs agree within four standard errors.
+    """
+    model, one = build(any_family), source(rows=1)
+    number = 2000
+    arguments = {
+        "input_ids": one["input_ids"].expand(number, -1),
+        "attention_mask": one["attention_mask"].expand(number, -1),
+        "do_sample": True,
+        "top_k": 6,
+        "max_new_tokens": 3,
+    }
+    torch.manual_seed(0)
+    ours = model.generate(**arguments)
+    torch.manual_seed(1)
+    stock = by_the_host(pytest.MonkeyPatch.context, model, **arguments)
+    pairs = [(rows[:, 2] * V + rows[:, 3]).bincount(minlength=V * V).double() / number for rows in (ours, stock)]
+    common = pairs[1].topk(8).indices
+    assert len(common) == 8
+    error = (pairs[1] * (1 - pairs[1]) * 2 / number).sqrt()
+    assert ((pairs[0] - pairs[1])[common].abs() <= 4 * error[common]).all()
+
+
+def test_samples_are_seeded_alike_while_nobody_has_left(any_family):
+    model, arguments = build(any_family), {**source(), "do_sample": True, "num_return_sequences": 2}
+    arguments |= {"min_new_tokens": 8, "max_new_tokens": 8}
+    torch.manual_seed(0)
+    ours = model.generate(**arguments)
+    torch.manual_seed(0)
+    assert torch.equal(ours, by_the_host(pytest.MonkeyPatch.context, model, **arguments))
+    assert len(ours.unique(dim=0)) > B
+
+
+# ---------------------------------------------------------------- when the host's loops run
+
+
+class Nothing(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+class Never(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class Streamer:
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
+
+
+FOR_THE_HOST = {
+    "scores": {"return_dict_in_generate": True, "output_scores": True},
+    "dictionary": {"return_dict_in_generate": True},
+    "processor": {"logits_processor": LogitsProcessorList([Nothing()])},
+    "criterion": {"stopping_criteria": StoppingCriteriaList([Never()])},
+    "prefix": {"prefix_allowed_tokens_fn": lambda row, ids: list(range(2, V))},
+}
+
+
+def which_loop(monkeypatch, model, **arguments) -> list[bool]:
+    answers = []
+
+    def spy(*what):
+        answers.append(rule(*what))
+        return answers[-1]
+
+    rule = generation.follows_own_loop
+    monkeypatch.setattr(generation, "follows_own_loop", spy)
+    model.generate(**source(), max_new_tokens=4, **arguments)
+    return answers
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"penalty_alpha": 0.6}], ids=str)
+@pytest.mark.parametrize("name", FOR_THE_HOST)
+def test_what_asks_for_more_than_tokens_gets_the_hosts_loop(any_family, monkeypatch, name, settings):
+    assert which_loop(monkeypatch, build(any_family), **FOR_THE_HOST[name], **settings) == [False]
+
+
+def test_a_known_criterion_keeps_our_loop(any_family, monkeypatch):
+    criteria = StoppingCriteriaList([MaxTimeCriteria(max_time=60.0)])
+    assert which_loop(monkeypatch, build(any_family), stopping_criteria=criteria) == [True]
+
+
+def test_streams_static_caches_and_row_indexed_processors_get_the_hosts_loop(monkeypatch):
+    model = build(FAMILIES[0])
+    assert which_loop(monkeypatch, model, cache_implementation="static") == [False]
+    assert which_loop(monkeypatch, model, encoder_no_repeat_ngram_size=2) == [False]
+    assert which_loop(monkeypatch, model, num_beams=2, encoder_repetition_penalty=1.2) == [False]
+    assert not which_loop(monkeypatch, model, streamer=Streamer())[-1]
+
+
+def test_the_dictionary_is_the_hosts(any_family):
+    """Its sequences and scores, with the tokens of the faster loop."""
+    model = build(any_family)
+    arguments = {**source(), "num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 9}
+    full = model.generate(**arguments, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(full.sequences, model.generate(**arguments))
+    assert full.sequences_scores.shape == (2 * B,)
+    assert full.past_key_values is not None
+
+
+def test_hooks_and_replaced_forwards_are_not_passed_over():
+    """The lean step does not call the layers themselves, so it steps aside where somebody waits for their call."""
+    model = FAMILIES[0].build(eos_token_id=None)
+    seen = []
+    handle = model.model.decoder.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    expected = model.generate(**source(), max_new_tokens=6)
+    assert len(seen) == 6
+    handle.remove()
+    model.generate(**source(), max_new_tokens=6, output_hidden_states=True, return_dict_in_generate=True)
+    cache = generation.Cache(layers=[])
+    assert not decoding_steps.can_be_lean(model, {"use_cache": True, "past_key_values": cache})
+    assert not any(decoding_steps.is_watched(module) for module in model.modules())
+    assert torch.equal(model.generate(**source(), max_new_tokens=6), expected)
+
+
+def test_dropout_in_training_mode_is_kept():
+    model = FAMILIES[0].build(dropout=0.5).train()
+    torch.manual_seed(0)
+    one = model.generate(**source(), max_new_tokens=8, eos_token_id=None)
+    assert not torch.equal(one, model.generate(**source(), max_new_tokens=8, eos_token_id=None))
+
+
+def test_changed_weights_count_at_once():
+    """Nothing of the weights is kept from one call to the next."""
+    model = FAMILIES[0].build(eos_token_id=None)
+    before = model.generate(**source(), max_new_tokens=8)
+    with torch.no_grad():
+        model.model.decoder.layers[0].self_attn.q_proj.weight.mul_(-3)
+        model.model.decoder.layers[1].mlp.up_proj.weight.mul_(-3)
+    after = model.generate(**source(), max_new_tokens=8)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, by_the_host(pytest.MonkeyPatch.context, model, **source(), max_new_tokens=8))
+
+
+def test_outputs_of_the_encoder_may_be_given():
+    """Encoder outputs of the caller's own, for rows that end at different steps."""
+    for family in FAMILIES:
+        model, arguments = build(family), source(rows=7)
+        encoder_outputs = model.get_encoder()(**arguments)
+        given = model.generate(encoder_outputs=encoder_outputs, attention_mask=arguments["attention_mask"], num_beams=3)
+        assert torch.equal(given, model.generate(**arguments, num_beams=3))
+        assert len(encoder_outputs.last_hidden_state) == 7
+        assert given.shape[0] == 7
+        assert PAD not in given[:, 0]
