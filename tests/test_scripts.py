@@ -247,3 +247,18 @@ def test_lead_words(tmp_path):
     command = [sys.executable, ROOT / "scripts" / "lead_words.py", data, "--words"]
     assert run(*command, 3).stdout.splitlines() == ["rouge1: 1.0000", "rouge2: 1.0000", "rougeL: 1.0000"]
     assert run(*command, 5).stdout.splitlines() == ["rouge1: 0.7500", "rouge2: 0.6667", "rougeL: 0.7500"]
+
+
+def test_benchmark_of_generation(tmp_path):
+    """Small sizes: both sides give the same tokens, and the cache of five beams has a fifth of the bytes."""
+    report = tmp_path / "report.md"
+    done = run(
+        sys.executable, ROOT / "scripts" / "benchmark_generation.py", "--peer", "marian", "--d-model", 32,
+        "--layers", 1, "--vocab-size", 90, "--new-tokens", 4, "--repeats", 2, "--threads", 1,
+        "--row", "greedy", "--row", "beam", "--row", "contrastive", "--output", report,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in report.read_text(encoding="utf-8").splitlines() if "| marian |" in line]
+    assert [row[7] for row in rows] == ["16 of 16", "16 of 16", "8 of 8"]
+    host, ours = map(float, rows[1][8].removesuffix(" |").split(" : "))
+    assert host == pytest.approx(5 * ours, rel=0.1)

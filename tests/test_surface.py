@@ -28,6 +28,7 @@ def test_command_line():
             "--batch-size",
             "--compare",
             "--device",
+            "--max-tokens-per-batch",
             "--nbest",
             "--num-return-sequences",
             "--scores",

@@ -160,6 +160,9 @@ def generate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences decoded together.")] = 32,
+    max_tokens_per_batch: Annotated[
+        int | None, typer.Option(min=1, help="Instead: source tokens of a batch, padding included.", show_default=False)
+    ] = None,
     nbest: Annotated[
         int, typer.Option("--nbest", "--num-return-sequences", min=1, help="Outputs a line, each after its number.")
     ] = 1,
@@ -190,6 +193,8 @@ def generate(
     options = parse_generation_options(context.args, own_options).given()
     if compare and (nbest > 1 or scores):
         raise ValueError("--compare shows one output per strategy; leave out --nbest and --scores")
+    if compare and max_tokens_per_batch is not None:
+        raise ValueError("--compare takes --batch-size; leave out --max-tokens-per-batch")
     _quiet_bars()
     loaded, tokenizer = load(model, device)
     rows: dict[str, Any] = {"source_lang": source_lang, "target_lang": target_lang, "source_prefix": source_prefix}
@@ -215,6 +220,7 @@ def generate(
         window=1 if sys.stdin.isatty() else 2048,
         **rows,
         batch_size=batch_size,
+        max_tokens_per_batch=max_tokens_per_batch,
         num_return_sequences=nbest,
         scores=scores,
         **options,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, GenerationMixin, GPT2Config, GPT2LMHeadModel
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from dragoman import DragomanForConditionalGeneration
 from dragoman.data.tokenizers import train_tokenizer
@@ -21,6 +21,7 @@ from dragoman.inference import (
     translate,
     translate_stream,
 )
+from dragoman.models.generation import OFFLINE_LOOPS
 from inference.tiny import SOURCES, TARGETS, learned_by_heart
 
 
@@ -51,6 +52,23 @@ def test_order_and_empty_lines(tiny, batch_size):
     assert texts(outputs) == [[text] for text in expected]
     assert (outputs[0][0].score, outputs[0][0].log_probability, outputs[0][0].token_ids) == (0.0, 0.0, [])
     assert all(best.token_ids[-1] == 2 for (best,) in outputs if best.text)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_batches_by_tokens(tiny, monkeypatch, budget):
+    """Order is kept, and no batch holds more source tokens than asked for, unless it is of one sentence."""
+    shapes, decode = [], type(tiny[0]).generate
+
+    def spy(self, *args, **kwargs):
+        shapes.append(kwargs["input_ids"].shape)
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny[0]), "generate", spy)
+    sentences, expected = [*SOURCES, ""] * 3, [*TARGETS, ""] * 3
+    outputs = translate(*tiny, sentences, max_tokens_per_batch=budget, scores=False)
+    assert texts(outputs) == [[text] for text in expected]
+    assert all(rows * length <= budget or rows == 1 for rows, length in shapes)
+    assert budget < 10_000 or len(shapes) == 1
 
 
 def test_only_empty_lines_and_none_at_all(tiny):
@@ -294,19 +312,19 @@ class TestStrategies:
         model.generation_config.update(num_beams=3, do_sample=True, top_k=7)
         modes = []
 
-        def spied(owner, name):
-            loop = vars(owner)[name]
-
+        def spied(name, loop):
             @functools.wraps(loop)
-            def spy(*args, generation_config, **kwargs):
-                modes.append((name, generation_config.num_beams, generation_config.do_sample))
-                return loop(*args, generation_config=generation_config, **kwargs)
+            def spy(*args, **kwargs):
+                config = next(one for one in (*args, *kwargs.values()) if isinstance(one, GenerationConfig))
+                modes.append((name, config.num_beams, config.do_sample))
+                return loop(*args, **kwargs)
 
-            monkeypatch.setattr(owner, name, spy)
+            return spy
 
-        spied(GenerationMixin, "_sample")
-        spied(GenerationMixin, "_beam_search")
-        spied(sys.modules["dragoman.models.generation"], "contrastive_search")
+        for name in ("_sample", "_beam_search"):
+            monkeypatch.setattr(type(model), name, spied(name, getattr(type(model), name)))
+        for mode, loop in OFFLINE_LOOPS.items():
+            monkeypatch.setitem(OFFLINE_LOOPS, mode, spied(loop.__name__, loop))
         outputs = compare_strategies(model, tokenizer, SOURCES[:2], scores=False)
         assert list(outputs) == ["greedy", "beam", "sampling", "contrastive"]
         assert modes == [

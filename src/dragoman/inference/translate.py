@@ -127,6 +127,7 @@ def translate(
     target_lang: str | Sequence[str] | None = None,
     source_prefix: str | Sequence[str] | None = None,
     batch_size: int = 32,
+    max_tokens_per_batch: int | None = None,
     num_return_sequences: int = 1,
     scores: bool = True,
     progress: bool = False,
@@ -141,6 +142,8 @@ def translate(
         source_prefix: text before every sentence (or before each its own), such as T5's "translate English to
             German: "; None takes the one that the model was trained with, if there is one.
         batch_size: sentences decoded together; they are sorted by length first.
+        max_tokens_per_batch: instead of a number of sentences, the source tokens of a batch, padding included: few long
+            sentences or many short ones.
         num_return_sequences: outputs per sentence, the best first; more than one needs beams or sampling.
         scores: compute `score` and `log_probability`, by one more pass over each output.
         progress: show a bar on standard error.
@@ -165,6 +168,7 @@ def translate(
             target_lang=target_lang,
             source_prefix=source_prefix,
             batch_size=batch_size,
+            max_tokens_per_batch=max_tokens_per_batch,
             num_return_sequences=num_return_sequences,
             scores=scores,
             progress=progress,
@@ -183,6 +187,7 @@ def translate_stream(
     target_lang: str | Sequence[str] | None = None,
     source_prefix: str | Sequence[str] | None = None,
     batch_size: int = 32,
+    max_tokens_per_batch: int | None = None,
     num_return_sequences: int = 1,
     scores: bool = True,
     progress: bool = False,
@@ -237,7 +242,12 @@ def translate_stream(
         with bar:
             rows = zip(encoded, first_tokens, strict=False)  # one token for all of a stream has no end
             yield from map_in_batches(
-                rows, decode, length=lambda row: len(row[0]), batch_size=batch_size, window=window
+                rows,
+                decode,
+                length=lambda row: len(row[0]),
+                window=window,
+                batch_size=None if max_tokens_per_batch else batch_size,
+                max_tokens=max_tokens_per_batch,
             )
 
     return run()

@@ -1,0 +1,352 @@
+"""Decoding with the same weights in Marian, BART and T5 of Transformers and here.
+
+    python scripts/benchmark_generation.py --output scripts/results/generation.md
+    python scripts/benchmark_generation.py --model runs/NAME --data data/ddtp_en_it/test.jsonl.gz --output ...
+    python scripts/benchmark_generation.py --row greedy --peer marian --d-model 32 --vocab-size 90 --layers 1
+
+Each peer is initialized at random, saved and converted, so that both sides hold the same weights. They decode the same
+batch in one process, taking turns; a ratio is that of two neighbors, and its median and quartiles are printed. No
+sentence may end before the given length, so that all sides do the same number of steps. Beside them stands the time of
+the bare matrix products of the same decoding. Peak memory is that of a process of its own for each side.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from torch import nn
+from transformers import GenerationMixin
+
+from dragoman import DragomanForConditionalGeneration
+from dragoman.conversion import convert
+from dragoman.data.reading import read_pairs
+from dragoman.data.tokenizers import source_and_target_tokenizer
+from dragoman.inference.translate import load, translate
+
+
+PEERS = ("marian", "bart", "t5")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A batch of sources, and how it is decoded."""
+
+    rows: int
+    source_length: int
+    new_tokens: int
+    beams: int = 1
+    candidates: int = 0  # of contrastive search
+
+    def arguments(self) -> dict[str, Any]:
+        length = {"max_new_tokens": self.new_tokens, "min_new_tokens": self.new_tokens, "do_sample": False}
+        return length | {"num_beams": self.beams}
+
+
+ROWS = {
+    "greedy": Work(16, 32, 48),
+    "beam": Work(16, 32, 48, beams=5),
+    "beam-256": Work(8, 256, 48, beams=5),
+    "beam-1000": Work(4, 1000, 48, beams=5),
+    "contrastive": Work(8, 32, 48, candidates=4),
+}
+
+
+def peer_of(name: str, d_model: int, layers: int, vocab_size: int):
+    torch.manual_seed(0)
+    ids: dict[str, Any] = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+    heads, ffn_dim = max(d_model // 64, 2), 4 * d_model
+    if name == "t5":
+        config = transformers.T5Config(
+            vocab_size=vocab_size, d_model=d_model, d_kv=d_model // heads, d_ff=ffn_dim, num_layers=layers,
+            num_heads=heads, **ids,
+        )  # fmt: skip
+        return transformers.T5ForConditionalGeneration(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size, "d_model": d_model, "encoder_layers": layers, "decoder_layers": layers,
+        "encoder_attention_heads": heads, "decoder_attention_heads": heads, "encoder_ffn_dim": ffn_dim,
+        "decoder_ffn_dim": ffn_dim, "max_position_embeddings": 1100, "forced_eos_token_id": None, **ids,
+    }  # fmt: skip
+    if name == "marian":
+        return transformers.MarianMTModel(transformers.MarianConfig(**sizes))
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
+
+
+def both_sides(folder: Path, name: str, d_model: int, layers: int, vocab_size: int) -> tuple[Path, Path]:
+    """Folders of the peer and of its conversion."""
+    theirs, ours = folder / f"{name}-theirs", folder / f"{name}-ours"
+    if not ours.exists():
+        peer_of(name, d_model, layers, vocab_size).save_pretrained(theirs)
+        convert(theirs, ours)
+    return theirs, ours
+
+
+def read_model(folder: Path):
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    for setting in ("num_beams", "forced_eos_token_id", "no_repeat_ngram_size"):
+        setattr(model.generation_config, setting, None)
+    return model
+
+
+def batch_of(work: Work, vocab_size: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, vocab_size, (work.rows, work.source_length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def naive_contrastive(model, batch: dict[str, torch.Tensor], work: Work) -> torch.Tensor:
+    """Contrastive search (Su 2022) with a cache, as one writes it first: everything is repeated for the candidates."""
+    k, encoder_outputs = work.candidates, model.get_encoder()(**batch)
+    ids = torch.zeros(work.rows, 1, dtype=torch.long)
+    repeated = encoder_outputs.last_hidden_state.repeat_interleave(k, dim=0)
+    step: dict[str, Any] = {"use_cache": True, "output_hidden_states": True}
+    outputs = model(encoder_outputs=encoder_outputs, decoder_input_ids=ids, **step)
+    states = outputs.decoder_hidden_states[-1]
+    logits, cache = outputs.logits[:, -1], outputs.past_key_values
+    for _ in range(work.new_tokens):
+        logits[:, model.config.eos_token_id] = -torch.inf
+        probability, candidates = logits.softmax(dim=-1).topk(k)
+        for part in (cache.self_attention_cache, cache.cross_attention_cache):
+            part.batch_repeat_interleave(k)
+        outputs = model(
+            encoder_outputs=(repeated,), decoder_input_ids=candidates.view(-1, 1), past_key_values=cache, **step
+        )
+        tried = outputs.decoder_hidden_states[-1][:, -1].view(work.rows, k, -1)
+        cosines = nn.functional.normalize(tried, dim=-1) @ nn.functional.normalize(states, dim=-1).transpose(1, 2)
+        choice = (0.4 * probability - 0.6 * cosines.amax(dim=-1)).argmax(dim=-1)
+        rows = torch.arange(work.rows) * k + choice
+        for part in (cache.self_attention_cache, cache.cross_attention_cache):
+            part.batch_select_indices(rows)
+        logits = outputs.logits[rows, -1]
+        states = torch.cat((states, tried[torch.arange(work.rows), choice][:, None]), dim=1)
+        ids = torch.cat((ids, candidates[torch.arange(work.rows), choice][:, None]), dim=1)
+    return ids
+
+
+def theirs(model, batch: dict[str, torch.Tensor], work: Work) -> torch.Tensor:
+    return naive_contrastive(model, batch, work) if work.candidates else model.generate(**batch, **work.arguments())
+
+
+def ours(model, batch: dict[str, torch.Tensor], work: Work) -> torch.Tensor:
+    search = {"penalty_alpha": 0.6, "top_k": work.candidates} if work.candidates else {}
+    return model.generate(**batch, **work.arguments(), **search)
+
+
+@torch.no_grad()
+def bare_products(model: DragomanForConditionalGeneration, work: Work) -> float:
+    """Seconds of the products with the weights that this decoding cannot do without (attention's own left out)."""
+
+    def products(layers: list[nn.Linear], rows: int):
+        inputs = {layer.in_features: torch.randn(rows, layer.in_features) for layer in layers}
+        return lambda: [nn.functional.linear(inputs[layer.in_features], layer.weight) for layer in layers]
+
+    stacks: dict[str, list] = {"encoder": [], "source": [], "step": [model.lm_head]}
+    for name, module in model.model.named_modules():
+        if isinstance(module, nn.Linear):
+            of_source = re.search(r"cross_attn\.[kv]_proj", name)
+            stacks["encoder" if name.startswith("encoder.") else "source" if of_source else "step"].append(module)
+    once = products(stacks["encoder"] + stacks["source"], work.rows * work.source_length)
+    step = products(stacks["step"], work.rows * max(work.beams, work.candidates))
+    start = time.perf_counter()
+    once()
+    for _ in range(work.new_tokens):
+        step()
+    return time.perf_counter() - start
+
+
+def take_turns(sides: list[Callable[[], Any]], repeats: int) -> tuple[list[list[float]], list[Any]]:
+    """Seconds of every side in every turn, after one turn that does not count, and the sides' last results."""
+    times: list[list[float]] = [[] for _ in sides]
+    results: list[Any] = [None] * len(sides)
+    for turn in range(repeats + 1):
+        for number in range(len(sides)) if turn % 2 else reversed(range(len(sides))):
+            start = time.perf_counter()
+            results[number] = sides[number]()
+            times[number].append(time.perf_counter() - start)
+    return [side[1:] for side in times], results
+
+
+def spread(slow: list[float], fast: list[float]) -> str:
+    ratios = [one / other for one, other in zip(slow, fast, strict=True)]
+    if len(ratios) < 2:
+        return f"{ratios[0]:.2f}"
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return f"**{statistics.median(ratios):.2f}** ({low:.2f} - {high:.2f})"
+
+
+def cross_bytes(model, batch: dict[str, torch.Tensor], beams: int) -> int:
+    found = model.generate(**batch, num_beams=beams, max_new_tokens=2, min_new_tokens=2, return_dict_in_generate=True)
+    layers = found.past_key_values.cross_attention_cache.layers
+    return sum(part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values))
+
+
+def agreement(found: list[torch.Tensor]) -> str:
+    equal = int((found[0] == found[1]).all(dim=1).sum()) if found[0].shape == found[1].shape else 0
+    return f"{equal} of {len(found[0])}"
+
+
+def peak_memory(folder: Path, side: str, row: str, sizes: dict[str, Any]) -> float:
+    """MB that the decoding of one side adds to a fresh process that holds the model."""
+    command = [sys.executable, __file__, "--memory-of", f"{folder}:{side}", "--row", row]
+    command += [text for name, value in sizes.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def measure_memory(folder: str, side: str, work: Work, vocab_size: int):
+    """Prints the MB for `peak_memory`. Linux starts the count of the peak anew when asked to."""
+    model, batch = read_model(Path(folder)), batch_of(work, vocab_size)
+
+    def megabytes(field: str) -> float:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
+
+    short = Work(1, 4, 2, work.beams)
+    model.generate(**batch_of(short, vocab_size), **short.arguments())  # what is allocated once
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = megabytes("VmRSS")
+    (ours if side == "ours" else theirs)(model, batch, work)
+    print(megabytes("VmHWM") - before)
+
+
+def whole_job(model_folder: Path, data: Path, limit: int | None, beams: int) -> list[str]:
+    """Sentences per second of `translate` against the host's loops on batches of 32 in the order of the file."""
+    model, tokenizer = load(model_folder, "cpu")
+
+    class Stock(type(model)):  # type: ignore[misc]
+        generate = GenerationMixin.generate
+        _sample, _beam_search = GenerationMixin._sample, GenerationMixin._beam_search
+        _expand_inputs_for_generation = GenerationMixin._expand_inputs_for_generation
+
+        def _reorder_cache(self, past_key_values, beam_idx):
+            past_key_values.reorder_cache(beam_idx)
+            return past_key_values
+
+    stock = Stock(model.config).eval()
+    stock.load_state_dict(model.state_dict())
+    stock.generation_config = model.generation_config
+    sentences = [str(pair["source"]) for pair in read_pairs(data)][:limit]
+    source_tokenizer, target_tokenizer = source_and_target_tokenizer(tokenizer)
+
+    def in_file_order() -> list[str]:
+        texts = []
+        for start in range(0, len(sentences), 32):
+            batch = source_tokenizer(sentences[start : start + 32], padding=True, return_tensors="pt")
+            found = stock.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=beams
+            )
+            texts += target_tokenizer.batch_decode(found, skip_special_tokens=True)
+        return texts
+
+    def sorted_and_leaving() -> list[str]:
+        return [best.text for best, *_ in translate(model, tokenizer, sentences, scores=False, num_beams=beams)]
+
+    times, texts = [], []
+    for side in (in_file_order, sorted_and_leaving):
+        start = time.perf_counter()
+        texts.append(side())
+        times.append(time.perf_counter() - start)
+    equal = sum(one == other for one, other in zip(*texts, strict=True))
+    rates = [len(sentences) / seconds for seconds in times]
+    return [
+        f"\nWhole job: {len(sentences)} sentences of {data.name}, {model_folder.name}, beam {beams}: the host's loops "
+        f"on batches of 32 in file order {rates[0]:.1f} sentences/s, translate() {rates[1]:.1f} sentences/s, ratio "
+        f"**{rates[1] / rates[0]:.2f}** (each side once); {equal} of {len(sentences)} outputs are equal."
+    ]
+
+
+def main(
+    row: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(ROWS)}; repeat for more.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="marian, bart or t5; repeat for more.")] = None,
+    repeats: Annotated[int, typer.Option(help="Turns of every side, after one that does not count.")] = 5,
+    d_model: int = 512,
+    layers: Annotated[int, typer.Option(help="Of each stack.")] = 6,
+    vocab_size: int = 8000,
+    new_tokens: Annotated[int | None, typer.Option(help="Instead of the row's.")] = None,
+    threads: int = 2,
+    memory: Annotated[bool, typer.Option(help="Also peak memory of the row beam-1000.")] = True,
+    model: Annotated[Path | None, typer.Option(help="Trained model for the whole job.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Its test sentences.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many sentences of them.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
+    memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    chosen = {name: ROWS[name] for name in row or ROWS}
+    if new_tokens is not None:
+        chosen = {name: Work(**{**vars(work), "new_tokens": new_tokens}) for name, work in chosen.items()}
+    if memory_of is not None:
+        folder, side = memory_of.rsplit(":", 1)
+        measure_memory(folder, side, next(iter(chosen.values())), vocab_size)
+        return
+    lines = [
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} threads, fp32, d={d_model}, "
+        f"{layers}+{layers} layers, vocabulary {vocab_size}; {repeats} turns, every output as long as asked for.\n",
+        "| work | weights of | host ms a step | ours | bare products | host / ours | time outside products gone "
+        "| equal rows | cross cache MB, host : ours |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    print(*lines, sep="\n", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for row_name, work in chosen.items():
+            best: dict[str, float] = {}
+            for name in peer or PEERS:
+                folders = both_sides(Path(scratch), name, d_model, layers, vocab_size)
+                host, mine = (read_model(folder) for folder in folders)
+                batch = batch_of(work, vocab_size)
+                sides = [partial(theirs, host, batch, work), partial(ours, mine, batch, work)]
+                times, found = take_turns([*sides, partial(bare_products, mine, work)], repeats)
+                ms = [1000 * statistics.median(side) / work.new_tokens for side in times]
+                best[name] = ms[0]
+                gone = f"{(ms[0] - ms[1]) / (ms[0] - ms[2]):.0%}" if ms[0] > ms[2] else "-"
+                bytes_kept = "-"
+                if work.beams > 1:
+                    bytes_kept = " : ".join(
+                        f"{cross_bytes(side, batch, work.beams) / 1e6:.2f}" for side in (host, mine)
+                    )
+                lines.append(
+                    f"| {row_name} {work.rows} x {work.source_length} + {work.new_tokens} | {name} | {ms[0]:.1f} "
+                    f"| {ms[1]:.1f} | {ms[2]:.1f} | {spread(times[0], times[1])} | {gone} | {agreement(found)} "
+                    f"| {bytes_kept} |"
+                )
+                print(lines[-1], flush=True)
+                del host, mine, sides
+            lines.append(f"| | fastest host: {min(best, key=best.__getitem__)} | | | | | | | |")
+            print(lines[-1], flush=True)
+        if memory and "beam-1000" in chosen:
+            settings = {"d_model": d_model, "layers": layers, "vocab_size": vocab_size, "threads": threads}
+            settings |= {} if new_tokens is None else {"new_tokens": new_tokens}
+            for name in peer or PEERS:
+                folders = both_sides(Path(scratch), name, d_model, layers, vocab_size)
+                used = [
+                    peak_memory(folder, side, "beam-1000", settings)
+                    for folder, side in zip(folders, ("theirs", "ours"), strict=True)
+                ]
+                lines.append(
+                    f"\nPeak memory of beam-1000 beyond the loaded model, weights of {name}: host {used[0]:.0f} MB, "
+                    f"ours {used[1]:.0f} MB, ratio {used[1] / used[0]:.2f}."
+                )
+                print(lines[-1], flush=True)
+    if model is not None and data is not None:
+        lines += whole_job(model, data, limit, beams=5)
+        print(lines[-1], flush=True)
+    if output is not None:
+        output.write_text("\n".join(["# Decoding\n", *lines, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
