@@ -136,7 +136,7 @@ class Outbox:
 
 def sample(
     model: Any,
-    input_ids: torch.Tensor,
+    input_ids: Any,
     logits_processor: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
@@ -159,7 +159,7 @@ def sample(
         if pads:
             tokens = tokens * unfinished + pad * (1 - unfinished)
         input_ids = torch.cat((input_ids, tokens[:, None]), dim=-1)
-        unfinished = unfinished & ~criteria(input_ids, None)  # type: ignore[arg-type]
+        unfinished = unfinished & ~criteria(input_ids, None)
         finished = ~unfinished.view(-1, g).any(dim=1)
         if finished.all():
             outbox.put(input_ids.view(len(finished), g, -1), finished)
@@ -175,7 +175,7 @@ def sample(
 
 def beam_search(
     model: Any,
-    input_ids: torch.Tensor,
+    input_ids: Any,
     logits_processor: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
@@ -186,7 +186,7 @@ def beam_search(
     leaves when the host would stop if it were alone, since nothing of its result changes after that.
     """
     host = GenerationMixin
-    pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor  # type: ignore[attr-defined]
+    pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor
     g, returned = generation_config.num_beams, generation_config.num_return_sequences
     early_stopping, length_penalty = generation_config.early_stopping, generation_config.length_penalty
     prompt_length = length = input_ids.shape[1]
@@ -198,6 +198,7 @@ def beam_search(
     logits = steps.begin().repeat_interleave(g, dim=0)
     outbox = Outbox(sources, device)
 
+    running: Any
     running = sequences = input_ids.view(sources, g, -1)  # (B, g, t)
     running_scores = torch.zeros(sources, g, device=device)
     running_scores[:, 1:] = -1e9  # at first all beams are the same
@@ -223,7 +224,7 @@ def beam_search(
             num_beams=g,
             batch_size=len(totals),
         )
-        hits = criteria(top.flatten(0, 1), None).view(len(totals), candidates)  # type: ignore[arg-type]
+        hits = criteria(top.flatten(0, 1), None).view(len(totals), candidates)
         running, running_scores, running_beams = host._get_running_beams_for_next_iteration(
             model, top_scores, top, top_beams, hits, g
         )
@@ -283,7 +284,7 @@ def trimmed(outbox: Outbox, prompt_length: int, fill: int) -> torch.Tensor:
 
 def contrastive_search(
     model: Any,
-    input_ids: torch.Tensor,
+    input_ids: Any,
     logits_processor: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
@@ -318,7 +319,7 @@ def contrastive_search(
         states = torch.cat((states, chosen_states), dim=1)
         visible = nn.functional.pad(visible, (0, 1), value=True)
         input_ids = torch.cat((input_ids, tokens[:, None]), dim=-1)
-        unfinished = unfinished & ~criteria(input_ids, None)  # type: ignore[arg-type]
+        unfinished = unfinished & ~criteria(input_ids, None)
         finished = unfinished == 0
         if enough_to_leave(finished):
             staying = outbox.put(input_ids[:, None], finished)

@@ -136,7 +136,7 @@ class TransformerSteps(ForwardSteps):
         sources, self.nodes = self.ids.shape
         device, lowest = self.ids.device, torch.finfo(logits.dtype).min
 
-        real = kwargs.get("decoder_attention_mask")  # (B, P + 1)
+        real: Any = kwargs.get("decoder_attention_mask")  # (B, P + 1)
         padded = real is not None and not real.all()
         self.visible = None if not (self.tree or padded) else self.ids.new_ones((sources, 1, self.nodes)).bool()
         self.position = self.ids.new_full((1, 1), self.nodes)
@@ -207,13 +207,13 @@ class TransformerSteps(ForwardSteps):
                 query, key = attention.q_norm(query).transpose(1, 2), attention.k_norm(key).transpose(1, 2)
                 query, key = attention.turn(query, key, angles)
                 keys[:, before : self.nodes] = key.transpose(1, 2)
-                seen = (past[:, : self.nodes].transpose(1, 2) for past in (keys, values))
-                return attention.o_proj(attend(query, *seen, mask, attention.scaling).view(*x.shape[:2], -1))
+                key, value = (past[:, : self.nodes].transpose(1, 2) for past in (keys, values))
+                return attention.o_proj(attend(query, key, value, mask, attention.scaling).view(*x.shape[:2], -1))
 
             def to_source(x, attention=layer.cross_attn, cross=cross):
                 folded = x.view(len(cross[0]), -1, x.shape[-1])  # (B, g, D)
                 query = attention.q_norm(split(attention.q_proj(folded), attention.head_dim)).transpose(1, 2)
-                output = attend(query, *cross, self.source_mask, attention.scaling)
+                output = attend(query, cross[0], cross[1], self.source_mask, attention.scaling)
                 return attention.o_proj(output.view(*x.shape[:2], -1))
 
             x = layer.residual(x, layer.self_attn_norm, layer.dropout, to_target)
