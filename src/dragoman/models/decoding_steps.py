@@ -224,7 +224,7 @@ class TransformerSteps(ForwardSteps):
         self.position, self.place = self.position + 1, self.place + 1
         if self.with_states:
             self.states = x[:, None]
-        return self.model.logits(x)
+        return self.model.lm_head(self.model.head_inputs(x))
 
     def _self_mask(self, dtype: torch.dtype) -> torch.Tensor | None:
         """Added to the scores of the step's rows: (N, 1 or H, R, nodes), or None where they see everything."""
