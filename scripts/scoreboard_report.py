@@ -98,7 +98,8 @@ def peaks_section(path: Path) -> list[str]:
     metric = list(next(iter(runs.values()))["scores"])[-1]
     peaks = sorted({run["peak"] for run in runs.values()})
     cells: dict[str, dict[float, str]] = {}
-    for run in runs.values():
+    for name in sorted(runs, key=lambda name: list(STYLES).index(name.split("/")[0])):
+        run = runs[name]
         scores = f"{run['forced_loss']:.3f} / {run['scores'][metric]:.1f}"
         cells.setdefault(run["label"], {})[run["peak"]] = scores
     header = ("system", *(f"{peak:g}" for peak in peaks))
@@ -132,8 +133,8 @@ def systems_table(by_name: dict[str, list[dict[str, Any]]]) -> str:
 
 def lengths_table(by_name: dict[str, list[dict[str, Any]]], metric: str) -> str:
     buckets = next(iter(by_name.values()))[0]["by_length"]
-    shortest = [1, *(bucket["longest"] + 1 for bucket in buckets[:-1])]
-    header = ("system", *(f"{low}-{b['longest']:g} ({b['rows']})" for low, b in zip(shortest, buckets, strict=True)))
+    header = ("system", *(f"to {bucket['longest']} ({bucket['rows']})" for bucket in buckets[:-1]),
+              f"longer ({buckets[-1]['rows']})")  # fmt: skip
     rows = [
         (runs[0]["label"], *(spread([run["by_length"][b][metric] for run in runs]) for b in range(len(buckets))))
         for runs in by_name.values()
@@ -162,7 +163,7 @@ def systems_section(path: Path) -> list[str]:
         sections += [text, table(published_header, published)]
     unit = "letters" if metric == "PER" else "words"
     sections += [
-        f"{metric} by the {unit} of the source (test pairs):",
+        f"{metric} by the {unit} of the source (number of test pairs):",
         lengths_table(by_name, metric),
         f"![quality by source length](lengths_{task}.png)",
     ]
@@ -241,19 +242,15 @@ def plot_lengths(by_name: dict[str, list[dict[str, Any]]], metric: str, path: Pa
     """Quality by source length, as figure 2 of Bahdanau et al. 2015; of an error rate, the rest to 100 %."""
     figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     for name, runs in by_name.items():
-        buckets = runs[0]["by_length"]
-        values = [statistics.mean(run["by_length"][b][metric] for run in runs) for b in range(len(buckets))]
-        if metric == "PER":
-            values = [100 - value for value in values]
         color, line = STYLES[name]
-        axes.plot(
-            [bucket["mean"] for bucket in buckets],
-            values,
-            line,
-            color=color,
-            marker="o",
-            markersize=4,
-            label=runs[0]["label"],
+        by_bucket = list(zip(*([bucket[metric] for bucket in run["by_length"]] for run in runs), strict=True))
+        if metric == "PER":
+            by_bucket = [tuple(100 - value for value in values) for values in by_bucket]
+        lengths = [bucket["mean"] for bucket in runs[0]["by_length"]]
+        means = [statistics.mean(values) for values in by_bucket]
+        axes.plot(lengths, means, line, color=color, marker="o", markersize=4, label=runs[0]["label"])
+        axes.fill_between(
+            lengths, list(map(min, by_bucket)), list(map(max, by_bucket)), color=color, alpha=0.15, linewidth=0
         )
     axes.set_xlabel("letters of the word" if metric == "PER" else "words of the source")
     axes.set_ylabel("phonemes right, % (100 - PER)" if metric == "PER" else metric)

@@ -92,7 +92,7 @@ def test_all_systems_are_trained_alike_and_reported(script, tiny, tmp_path, caps
     assert "### Systems on tiny\n\nTraining budget of each: 2 updates, " in text
     assert "old" not in text
     assert "| system | 0.001 | 0.004 |" in text
-    assert "| system | 1-2 (2) | 3-4 (5) |" in text
+    assert "| system | to 2 (2) | longer (5) |" in text
     assert text.count("modern Transformer") == 4
     assert text.count("AttentionEDM, teacher forcing 1.0") == 5  # the changed ones are compared with it
     assert re.search(r"\| GRU, no attention \(Cho 2014\) \| \d{3},\d{3} \| .* ± .* \| 2 \|\n", text)
