@@ -41,7 +41,6 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     TrainerCallback,
     set_seed,
 )
@@ -54,6 +53,7 @@ from dragoman.data.tokenizers import build_tokenizer
 from dragoman.evaluation import compute_scores, evaluate_model, headline
 from dragoman.inference.translate import translate
 from dragoman.models.attention import ScaledQuery
+from dragoman.training.arguments import TrainingArguments
 from dragoman.training.trainer import ScheduledSamplingTrainer
 
 
@@ -198,14 +198,17 @@ def train(
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = Seq2SeqTrainingArguments(
-            output_dir=folder, seed=seed, max_steps=budget.updates or 10**6, save_strategy="no", report_to="none",
+        arguments = TrainingArguments(
+            output_dir=folder, seed=seed, max_steps=budget.updates or 10**6, report_to="none",
+            eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
             per_device_train_batch_size=board.task.batch_size, train_sampling_strategy="group_by_length", use_cpu=True,
             max_grad_norm=1.0, logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False,
         )  # fmt: skip
         trainer_class: Any = Seq2SeqTrainer
         if schedule is not None:
-            trainer_class = partial(ScheduledSamplingTrainer, schedule=schedule)
+            trainer_class = partial(
+                ScheduledSamplingTrainer, schedule=schedule, train_collator=counting, shuffle_buffer=1
+            )
         trainer = trainer_class(
             model=model, args=arguments, data_collator=counting, callbacks=[budget],
             train_dataset=board.rows(model.config, board.train if dataset is None else dataset),
