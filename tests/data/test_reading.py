@@ -198,7 +198,8 @@ def test_missing_files_name_their_neighbors(tmp_path):
 
 def test_embedded_data():
     sizes = {"train": 7217, "validation": 356, "test": 439}
-    assert embedded_names() == sorted(f"embedded:tiny_en_it/{split}" for split in sizes)
+    names = ("tiny_en_it", "tiny_en_zh")
+    assert embedded_names() == sorted(f"embedded:{name}/{split}" for name in names for split in sizes)
     splits = {split: read_pairs(f"embedded:tiny_en_it/{split}") for split in sizes}
     assert {split: len(dataset) for split, dataset in splits.items()} == sizes
     trained = {source.lower() for source in splits["train"]["source"]}

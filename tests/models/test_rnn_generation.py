@@ -83,7 +83,7 @@ def test_beams_share_their_source(batch):
     projected = []
     model.model.decoder.recurrence.attention.score.k_proj.register_forward_hook(lambda *_: projected.append(1))
     model.generate(**source(batch), num_beams=4, max_new_tokens=5)
-    assert set(seen) == {((B, 4, D), (B, S, D))}
+    assert set(seen) == {((B, 1, D), (B, S, D)), ((B, 4, D), (B, S, D))}  # all beams of a source begin alike
     assert len(projected) == 1  # once for the whole call
 
 

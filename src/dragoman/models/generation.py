@@ -147,6 +147,7 @@ class DragomanGenerationMixin(GenerationMixin):
         if not alpha or top_k <= 1 or mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.CONTRASTIVE_SEARCH):
             # What the model's own generation config says is over, or the host would look for its contrastive search.
             settings, own = (kwargs if alpha else {**kwargs, "penalty_alpha": 0.0}), {}
+            mode = GenerationMode.GREEDY_SEARCH if mode == GenerationMode.CONTRASTIVE_SEARCH else mode
         else:
             if not 0 < alpha <= 1:
                 raise ValueError(f"penalty_alpha={alpha} must be between 0 (greedy) and 1 (only the penalty counts).")
