@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 
 USER = "ada"
@@ -94,6 +94,7 @@ def used_here(hub: Hub, cache: Path) -> Iterator[None]:
         settings = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": files, "HF_HUB_CACHE": str(cache)}
         for name, value in {**settings, "HF_HUB_DISABLE_XET": True}.items():
             patch.setattr(constants, name, value)
+        patch.setattr(hf_api.api, "endpoint", hub.url)  # made when the module was imported, perhaps by another test
         patch.setenv("HF_TOKEN", TOKEN)
         yield
 

@@ -36,7 +36,7 @@ def passes(monkeypatch):
 
     def spy(self, target, ratio, generator):
         coins = toss(self, target, ratio, generator)
-        if self.training:
+        if self.training and ratio is not None:  # the estimate of the memory passes without a ratio
             seen.append((ratio, None if coins is None else coins.gold))
         return coins
 
