@@ -98,4 +98,4 @@ def test_the_process_grows_by_what_was_estimated(name, tmp_path):
     command = [sys.executable, "-c", MEASUREMENT, "16", "60", "40", name, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    assert 0.7 < float(result.stdout) < 1.3
+    assert 0.7 < float(result.stdout) < 1.5
