@@ -162,10 +162,17 @@ class AskingAndAdding(Asking):
 
 
 edm = partial(recurrent, "attention_edm", teacher_forcing_ratio=1.0)
-EDM_VARIANTS = {  # of attention_edm_forced, one thing changed in each, the last two together
+EDM_VARIANTS = {  # of attention_edm_forced, one thing changed in each but the third; then the LSTM that beats it
     "edm_asks": System("query: the state, not the input", edm, 8e-3, Asking),
     "edm_adds": System("context added to the state, not in its place", edm, 8e-3, Adding),
     "edm_asks_adds": System("both", edm, 8e-3, AskingAndAdding),
+    "edm_reversed": System("source reversed", partial(edm, reverse_source=True), 8e-3),
+    "edm_bidirectional": System("source read both ways", partial(edm, bidirectional_encoder=True), 8e-3),
+    "lstm_forwards": System(
+        "LSTM of 2014, no attention, source not reversed",
+        partial(recurrent, "lstm_2014", encoder_layers=2, decoder_layers=2, reverse_source=False),
+        8e-3,
+    ),
 }
 
 
