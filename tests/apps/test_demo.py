@@ -210,7 +210,7 @@ def test_a_visit(visitor, address):
     visitor.get_by_label("Beside it").click()
     visitor.get_by_role("option", name="additive LSTM").click()
     visitor.wait_for_selector("#compared:has-text('It has no decoder attention')")
-    visitor.get_by_label("additive LSTM").check()
+    visitor.get_by_label("additive LSTM").and_(visitor.locator("[type=radio], [type=checkbox]")).check()
     visitor.wait_for_selector("#where h3:has-text('cross-attention')")
     visitor.wait_for_selector("#stages th:has-text('tanh')")
     visitor.get_by_label("LSTM of 2014").check()

@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import transformers.utils.hub
 import yaml
 from huggingface_hub import constants, hf_api
 
@@ -94,7 +95,9 @@ def used_here(hub: Hub, cache: Path) -> Iterator[None]:
         settings = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": files, "HF_HUB_CACHE": str(cache)}
         for name, value in {**settings, "HF_HUB_DISABLE_XET": True}.items():
             patch.setattr(constants, name, value)
-        patch.setattr(hf_api.api, "endpoint", hub.url)  # made when the module was imported, perhaps by another test
+        # Each keeps the address that was in force when it was made, perhaps by another test.
+        patch.setattr(hf_api.api, "endpoint", hub.url)
+        patch.setattr(transformers.utils.hub, "_hf_api", None)
         patch.setenv("HF_TOKEN", TOKEN)
         yield
 
