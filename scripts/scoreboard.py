@@ -10,7 +10,7 @@
 All systems get the same data, tokenizer, batch size, number of parameters (within 10 %) and training time. Time is that
 of the wall clock, or with `--clock cpu` the processor time of this process, which is fairer where other programs share
 the machine (use one thread then: OMP_NUM_THREADS=1). The learning rate follows the share of the time that is used: up
-for 5 %, then linear to zero, with the peaks of `SYSTEMS`.
+for 5 %, then linear to zero; its peak is the best that `peaks` found for the task, or else that of `SYSTEMS`.
 
 Results go to scripts/results/*.json after every system; what is there already with the same settings is not run again.
 """
@@ -311,6 +311,14 @@ def peaks(
             print(f"{name}, peak {rate:g}: loss {result['forced_loss']:.3f}, {result['scores']}")
 
 
+def searched_peak(folder: Path, task: TaskName, name: str) -> float | None:
+    """The learning rate with the lowest loss among those that `peaks` tried for this system, if it did."""
+    path = folder / f"peaks_{task}.json"
+    runs = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    tried = [run for key, run in runs.items() if key.split("/")[0] == name]
+    return min(tried, key=lambda run: run["forced_loss"])["peak"] if tried else None
+
+
 @app.command()
 def systems(
     task: TaskName, minutes: Minutes = 1.0, seeds: Annotated[int, typer.Option(help="Runs of each.")] = 1,
@@ -330,11 +338,12 @@ def systems(
             set_seed(seed)
             model = build(config, system.recurrence)
             budget = Budget(CLOCKS[clock], minutes, updates)
-            result = train(board, model, system.peak, budget, seed=seed)
+            peak = searched_peak(folder, task, name) or system.peak
+            result = train(board, model, peak, budget, seed=seed)
             start = CLOCKS[clock]()
             outputs = board.decode(model, board.sources, num_beams)
             result |= {"label": system.label, "parameters": parameters, "width": config.hidden_size,
-                       "peak": system.peak, "sentences_per_second": len(outputs) / (CLOCKS[clock]() - start),
+                       "peak": peak, "sentences_per_second": len(outputs) / (CLOCKS[clock]() - start),
                        "scores": board.scores(outputs), "by_length": board.scores_by_length(outputs)}  # fmt: skip
             store[f"{name}/{seed}"] = result
             print(f"{name}, seed {seed}: {parameters:,} parameters, {result['updates']} updates, {result['scores']}")

@@ -101,7 +101,7 @@ def decoder_only(width: int, vocab_size: int) -> PreTrainedConfig:
 class System:
     label: str
     config: Callable[..., PreTrainedConfig]  # (width=, vocab_size=)
-    peak: float  # learning rate
+    peak: float  # learning rate, where none was searched for the task
     recurrence: type[Recurrence] | None = None  # instead of the one that the configuration asks for
 
 

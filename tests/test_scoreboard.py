@@ -82,6 +82,11 @@ def test_all_systems_are_trained_alike_and_reported(script, tiny, tmp_path, caps
         "edm_asks, seed 1", "gru_2014, seed 2", "edm_asks, seed 2"
     ]  # fmt: skip
     script.peaks(tiny, peak=[1e-3, 4e-3], updates=2, test_size=7, folder=tmp_path, only=["lstm_dot", "modern"])
+    tried = json.loads((tmp_path / "peaks_tiny.json").read_text())["runs"]
+    best = min((tried[f"modern/{peak}"]["forced_loss"], float(peak)) for peak in ("0.001", "0.004"))[1]
+    run(seeds=2, only=["modern"])
+    runs = json.loads((tmp_path / "systems_tiny.json").read_text())["runs"]
+    assert (runs["modern/1"]["peak"], runs["modern/2"]["peak"]) == (script.SYSTEMS["modern"].peak, best)
     with pytest.raises(ValueError, match=r"systems_tiny.json holds results of other settings: .*'updates': 2"):
         script.systems(tiny, updates=3, test_size=7, num_beams=2, folder=tmp_path)
 

@@ -221,6 +221,8 @@ def test_a_visit(visitor, address):
 @in_a_browser
 @pytest.mark.slow
 def test_sliders_reach_the_strategies(visitor, monkeypatch):
+    from playwright.sync_api import expect
+
     asked = []
 
     def recording(*arguments, **settings):
@@ -229,9 +231,16 @@ def test_sliders_reach_the_strategies(visitor, monkeypatch):
 
     monkeypatch.setattr(demo, "translate", recording)
     visitor.get_by_text("Settings of the strategies").click()
-    for label, value in (("beam: number of beams", "7"), ("sampling: temperature", "0.5")):
+    sliders = visitor.locator("input[type=range]")
+    for place, label, default, value in (
+        (0, "beam: number of beams", "4", "7"),
+        (1, "sampling: temperature", "1", "0.5"),
+    ):
+        expect(sliders.nth(place)).to_have_value(default)  # the page has put it there
         visitor.get_by_label(f"number input for {label}").fill(value)
-    visitor.locator("input[type=range]").nth(4).press("ArrowRight")  # penalty_alpha, by keyboard
+        expect(sliders.nth(place)).to_have_value(value)  # the page has taken it
+    sliders.nth(4).press("ArrowRight")  # penalty_alpha, by keyboard
+    expect(sliders.nth(4)).to_have_value("0.65")
     submit(visitor, "the moon")
     card(visitor, "contrastive").wait_for()
     assert [settings["num_beams"] for settings in asked] == [1, 7, 1, 1]

@@ -1,5 +1,7 @@
 """Pipelines against `translate`: the same texts and scores, whatever is batched, streamed or listed."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -154,6 +156,21 @@ def test_the_host_builds_it_from_loaded_objects(learned):
     generator = transformers.pipeline("seq2seq-generation", model=model, **{name: processing_class})
     assert type(generator) is dragoman.Seq2SeqGenerationPipeline
     assert generator("the dog") == [{"generated_text": "il cane"}]
+
+
+def test_a_folder_without_the_pipeline_works_beside_the_package(learned, tmp_path):
+    """An older version saved neither the pipeline's code nor its name in config.json; saved again, it has both."""
+    for part in learned:
+        part.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert list(config.pop("custom_pipelines")) == ["seq2seq-generation"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "pipeline_dragoman.py").unlink()
+    generator = transformers.pipeline("seq2seq-generation", model=str(tmp_path), trust_remote_code=True)
+    assert generator("the dog") == [{"generated_text": "il cane"}]
+    generator.save_pretrained(tmp_path / "again")
+    assert "custom_pipelines" in json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (tmp_path / "again" / "pipeline_dragoman.py").is_file()
 
 
 def test_any_encoder_decoder_will_do():

@@ -13,21 +13,26 @@ from .pipeline_dragoman import custom_pipelines
 def strict_config(config_class: type) -> type:
     """
     `@strict`, which checks types and calls the `validate_` methods, but what it refuses at construction is a
-    `ValueError` that says no more than what is wrong. Configurations get an attribute `custom_pipelines`, by which
-    `transformers.pipeline` finds ours in a saved model.
+    `ValueError` that says no more than what is wrong. Saved configurations get an attribute `custom_pipelines`, by which
+    `transformers.pipeline` finds ours in the folder of the model.
     """
     checked: Any = strict(config_class)
-    build = checked.__init__
+    build, save = checked.__init__, checked.save_pretrained
 
     @functools.wraps(build)
     def init(self, *args, **kwargs):
-        kwargs.setdefault("custom_pipelines", custom_pipelines())
         try:
             build(self, *args, **kwargs)
         except StrictDataclassError as error:
             raise ValueError(str(error.__cause__)) from None
 
-    checked.__init__ = init
+    @functools.wraps(save)
+    def save_pretrained(self, *args, **kwargs):
+        # Not before: a folder of an older version has no pipeline beside its weights, and must not say that it has.
+        self.custom_pipelines = custom_pipelines()
+        save(self, *args, **kwargs)
+
+    checked.__init__, checked.save_pretrained = init, save_pretrained
     return checked
 
 
