@@ -13,8 +13,8 @@ from .pipeline_dragoman import custom_pipelines
 def strict_config(config_class: type) -> type:
     """
     `@strict`, which checks types and calls the `validate_` methods, but what it refuses at construction is a
-    `ValueError` that says no more than what is wrong. Saved configurations get an attribute `custom_pipelines`, by which
-    `transformers.pipeline` finds ours in the folder of the model.
+    `ValueError` that says no more than what is wrong. Saved configurations get an attribute `custom_pipelines`, by
+    which `transformers.pipeline` finds ours in the folder of the model.
     """
     checked: Any = strict(config_class)
     build, save = checked.__init__, checked.save_pretrained
