@@ -157,7 +157,8 @@ def build_tokenizer(pairs, **settings):
 
 def build_model(experiment, tokenizer, *more):
     vocabulary = str(sorted(tokenizer.get_vocab().items()))
-    print("vocabulary", hashlib.md5(vocabulary.encode()).hexdigest(), flush=True)
+    line = f"vocabulary {hashlib.md5(vocabulary.encode()).hexdigest()}\\n"
+    print(line, end="", flush=True)  # in one piece: two processes write to one pipe
     return original_model(experiment, tokenizer, *more)
 
 original_tokenizer, run.build_tokenizer = run.build_tokenizer, build_tokenizer
