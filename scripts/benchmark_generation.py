@@ -34,7 +34,8 @@ from dragoman import DragomanForConditionalGeneration
 from dragoman.conversion import convert
 from dragoman.data.reading import read_pairs
 from dragoman.data.tokenizers import source_and_target_tokenizer
-from dragoman.inference.translate import load, translate
+from dragoman.inference.loading import load
+from dragoman.inference.translate import translate
 
 
 PEERS = ("marian", "bart", "t5")

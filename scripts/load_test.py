@@ -29,7 +29,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from dragoman.apps.limits import Limits
 from dragoman.data.reading import read_pairs
-from dragoman.inference.translate import load, translate
+from dragoman.inference.loading import load
+from dragoman.inference.translate import translate
 
 
 SETTINGS = [{"num_beams": 1}, {"num_beams": 4}]

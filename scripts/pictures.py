@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from dragoman.inference.attention_maps import alignment_text, attention_map
+from dragoman.inference.loading import load
 from dragoman.inference.pictures import read_masks, save_attention, save_masks
-from dragoman.inference.translate import load
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -16,8 +16,9 @@ import dragoman.cli
 from dragoman.data.reading import read_pairs
 from dragoman.evaluation.compare import compare_predictions
 from dragoman.inference.arguments import parse_generation_options
+from dragoman.inference.loading import load
 from dragoman.inference.scoring import score
-from dragoman.inference.translate import load, translate
+from dragoman.inference.translate import translate
 from training.experiments import write_experiment
 
 
@@ -269,7 +270,7 @@ def test_evaluate_a_name_on_the_hub(model, tmp_path, monkeypatch):
         assert name == "org/name"
         return model
 
-    monkeypatch.setattr(sys.modules["dragoman.inference.translate"], "snapshot_download", snapshot_download)
+    monkeypatch.setattr(sys.modules["dragoman.inference.loading"], "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     for _ in range(2):  # what the first wrote must not be taken for the model
         result = dragoman_command("evaluate", "org/name", model.parent / "test.jsonl")

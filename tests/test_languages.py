@@ -17,7 +17,8 @@ from dragoman.data.languages import encode_texts, languages
 from dragoman.data.reading import read_pairs
 from dragoman.data.tokenizers import build_tokenizer, load_tokenizer, source_and_target_tokenizer, train_tokenizer
 from dragoman.evaluation import evaluate_model
-from dragoman.inference.translate import compare_strategies, load, translate
+from dragoman.inference.loading import load
+from dragoman.inference.translate import compare_strategies, translate
 from dragoman.models.pipeline_dragoman import ForcedFirstTokens
 from dragoman.training.arguments import load_experiment
 from dragoman.training.run import train, usage

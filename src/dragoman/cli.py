@@ -187,7 +187,8 @@ def generate(
 
     from dragoman.data.reading import read_lines
     from dragoman.inference.arguments import parse_generation_options
-    from dragoman.inference.translate import compare_strategies, load, translate_stream
+    from dragoman.inference.loading import load
+    from dragoman.inference.translate import compare_strategies, translate_stream
 
     own_options = [name for parameter in context.command.params for name in parameter.opts]
     options = parse_generation_options(context.args, own_options).given()
@@ -339,8 +340,8 @@ def attention(
     """
     from dragoman.inference.arguments import parse_generation_options
     from dragoman.inference.attention_maps import alignment_text, attention_map
+    from dragoman.inference.loading import load
     from dragoman.inference.pictures import FORMATS, check_format, save_attention
-    from dragoman.inference.translate import load
 
     own_options = [name for parameter in context.command.params for name in parameter.opts]
     options = parse_generation_options(context.args, own_options).given()
@@ -382,8 +383,8 @@ def masks(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
 ) -> None:
     """Draw who may look at whom in a batch: its padding, look-ahead and cross masks."""
+    from dragoman.inference.loading import load
     from dragoman.inference.pictures import DRAWN_FORMATS, check_format, read_masks, save_masks
-    from dragoman.inference.translate import load
 
     check_format(out, DRAWN_FORMATS)
     _quiet_bars()
@@ -501,9 +502,9 @@ def score(
     of the whole target, source and target, between tabs; it can be read as pairs again. Logarithms are natural.
     """
     from dragoman.data.reading import read_pairs
+    from dragoman.inference.loading import load
     from dragoman.inference.scoring import score as run
     from dragoman.inference.scoring import write_jsonl, write_table
-    from dragoman.inference.translate import load
 
     _quiet_bars()
     rows = read_pairs(pairs if target is None else [pairs, target])

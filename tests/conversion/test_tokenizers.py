@@ -14,7 +14,8 @@ from dragoman.conversion import convert
 from dragoman.data.collators import Seq2SeqCollator, encode_pairs
 from dragoman.data.languages import encode_texts
 from dragoman.inference.languages import language_argument, language_id
-from dragoman.inference.translate import load, translate
+from dragoman.inference.loading import load
+from dragoman.inference.translate import translate
 
 
 SENTENCES = ["the cat sleeps", "sea: a red house near", "why not"]  # the second as T5 is told its task

@@ -513,7 +513,7 @@ class TestLoad:
             asked[name] = allow_patterns
             return tmp_path / "cache"
 
-        monkeypatch.setattr(sys.modules["dragoman.inference.translate"], "snapshot_download", snapshot_download)
+        monkeypatch.setattr(sys.modules["dragoman.inference.loading"], "snapshot_download", snapshot_download)
         monkeypatch.chdir(tmp_path)
         (tmp_path / "org" / "name" / "evaluation").mkdir(parents=True)
         assert load("org/name", device="cpu")[0].config.d_model == 32

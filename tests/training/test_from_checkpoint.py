@@ -11,7 +11,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from conversion.stock import LETTERS, save_with_tokenizer
 from dragoman.conversion import convert
 from dragoman.data.tokenizers import load_tokenizer
-from dragoman.inference.translate import load, translate
+from dragoman.inference.loading import load
+from dragoman.inference.translate import translate
 from dragoman.training.arguments import load_experiment
 from dragoman.training.run import train
 from training.experiments import SECTIONS, write_experiment

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 from dragoman.data.tokenizers import load_tokenizer
-from dragoman.inference.translate import load, translate
+from dragoman.inference.loading import load
+from dragoman.inference.translate import translate
 from dragoman.training import run
 from dragoman.training.arguments import load_experiment
 from dragoman.training.run import last_complete_checkpoint, train

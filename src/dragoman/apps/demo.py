@@ -19,9 +19,10 @@ from dragoman.data.languages import default_language, encode_texts, languages, s
 from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
 from dragoman.inference.attention_maps import labels, map_of_ids, pieces, sizes
 from dragoman.inference.attention_stages import attention_stages
+from dragoman.inference.loading import load
 from dragoman.inference.pictures import HEAT_STYLE, heat_table
 from dragoman.inference.strategies import STRATEGIES
-from dragoman.inference.translate import Hypothesis, load, translate
+from dragoman.inference.translate import Hypothesis, translate
 from dragoman.training.run import EXPERIMENT_FILE
 
 

@@ -23,7 +23,8 @@ from dragoman.apps.metrics import Metrics
 from dragoman.data.languages import check_language, encode_texts, languages, saved_prefix
 from dragoman.data.tokenizers import ProcessingClass
 from dragoman.inference.arguments import GenerationArguments, check_generation
-from dragoman.inference.translate import Hypothesis, check_generation_arguments, load, translate
+from dragoman.inference.loading import load
+from dragoman.inference.translate import Hypothesis, check_generation_arguments, translate
 from dragoman.settings import nearest, one_line
 
 

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from dragoman.data.reading import SETTING_COLUMNS, read_pairs, with_settings
 from dragoman.evaluation.scores import check_metrics, compute_scores, headline
+from dragoman.inference.loading import load
 from dragoman.inference.strategies import strategy_arguments
-from dragoman.inference.translate import check_generation_arguments, load, score_hypotheses, translate
+from dragoman.inference.translate import check_generation_arguments, score_hypotheses, translate
 
 
 _PACKAGES = ("dragoman", "torch", "transformers", "tokenizers", "evaluate", "sacrebleu", "rouge-score", "jiwer")

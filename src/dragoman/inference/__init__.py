@@ -7,12 +7,12 @@ from dragoman.inference.attention_maps import (
     attention_map,
     attention_of_generation,
 )
+from dragoman.inference.loading import load
 from dragoman.inference.scoring import TargetScore, score
 from dragoman.inference.strategies import STRATEGIES, strategy_arguments
 from dragoman.inference.translate import (
     Hypothesis,
     compare_strategies,
-    load,
     score_hypotheses,
     translate,
     translate_stream,

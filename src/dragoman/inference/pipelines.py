@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from dragoman.data.tokenizers import ProcessingClass
-from dragoman.inference.translate import load
+from dragoman.inference.loading import load
 from dragoman.models.pipeline_dragoman import TASK, Seq2SeqGenerationPipeline
 from dragoman.settings import did_you_mean
 

@@ -1,22 +1,20 @@
-"""Sentences to sentences: load a trained model, decode in batches of similar length, give the results in order."""
+"""Sentences to sentences: decode in batches of similar length, give the results in order."""
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, repeat
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from dragoman.data.batching import map_in_batches
 from dragoman.data.languages import OF_CHECKPOINTS, Side, check_language, default_language, encode_texts, saved_prefix
-from dragoman.data.tokenizers import ProcessingClass, load_tokenizer, source_and_target_tokenizer
+from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
 from dragoman.inference.arguments import check_combination, check_token_ids
 from dragoman.inference.languages import language_argument, language_id
 from dragoman.inference.strategies import STRATEGIES, strategy_arguments
@@ -26,8 +24,6 @@ from dragoman.settings import did_you_mean
 
 # Rows of a batch that are scored at once times target length times vocabulary: 256 MB of logits in single precision.
 LOGITS_AT_ONCE = 2**26
-# Of a model on the Hub: configurations, weights and the files of every kind of tokenizer, but no code.
-_MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.bpe"]
 
 
 @dataclass
@@ -50,72 +46,6 @@ class Hypothesis:
     start_id: int | None = None
     score: float | None = None
     log_probability: float | None = None
-
-
-def load(
-    model: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
-) -> tuple[PreTrainedModel, ProcessingClass]:
-    """Load a model and its tokenizer, or its processor if it has two vocabularies, ready to decode.
-
-    Args:
-        model: folder of a saved model, or its name on the Hub (from the local cache when offline).
-        device: "cpu", "cuda", "cuda:1", ...; None takes a GPU if there is one.
-        dtype: "float32", "bfloat16", ...; None keeps what was saved.
-
-    Raises:
-        FileNotFoundError: no such folder or model, or the folder lacks the config, the weights or the tokenizer.
-        ValueError: the model is no encoder-decoder; the device or dtype does not exist.
-    """
-    target = _device(device)
-    if isinstance(dtype, str):
-        if not isinstance(torch.__dict__.get(dtype), torch.dtype):
-            raise ValueError(f"dtype {dtype!r} is unknown: use float32, bfloat16 or float16.")
-        dtype = torch.__dict__[dtype]
-    folder = model_folder(model)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no model (config.json is missing).")
-    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        raise FileNotFoundError(f"{folder} holds no weights (model.safetensors is missing).")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if not config.is_encoder_decoder:
-        raise ValueError(f"{folder} holds a model of type {config.model_type!r}, which is no encoder-decoder.")
-    processing_class = load_tokenizer(folder)
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=False, dtype=dtype or "auto")
-    return loaded.to(target).eval(), processing_class
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from error
-
-
-def model_folder(model: str | Path) -> Path:
-    """The folder of a saved model: itself, or where its name on the Hub is downloaded to.
-
-    Raises:
-        FileNotFoundError: there is neither.
-    """
-    folder, name = Path(model).expanduser(), str(model)
-    is_path = isinstance(model, Path) or name.count("/") > 1 or name.startswith((".", "/", "~"))
-    if (folder / "config.json").is_file() or (folder.is_dir() and is_path):
-        return folder
-    if folder.is_file():
-        raise FileNotFoundError(f"{folder} is a file: give the folder of a saved model.")
-    if is_path:
-        raise FileNotFoundError(f"{folder} does not exist: give the folder of a saved model, or its name on the Hub.")
-    try:
-        return Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
-    except (OSError, ValueError) as error:
-        if folder.is_dir():
-            return folder  # not a name but a folder that holds no model; the caller says what it lacks
-        raise FileNotFoundError(
-            f"{name!r} is no folder here and no model that the Hub or the local cache gives ({type(error).__name__})."
-        ) from error
 
 
 def translate(

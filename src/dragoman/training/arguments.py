@@ -33,7 +33,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from dragoman.data.reading import existing_path
 from dragoman.evaluation.scores import check_metrics
 from dragoman.inference.arguments import GenerationArguments, check_combination, check_generation
-from dragoman.inference.translate import model_folder
+from dragoman.inference.loading import model_folder
 from dragoman.models.scheduled_sampling import teacher_forcing_schedule
 from dragoman.settings import check_key, nearest, one_line, parse_mapping, parse_yaml, typed
 

@@ -50,7 +50,7 @@ from dragoman.data.tokenizers import (
 from dragoman.evaluation.scores import build_compute_metrics, compute_scores, headline
 from dragoman.inference.arguments import check_token_ids
 from dragoman.inference.languages import language_argument, language_id
-from dragoman.inference.translate import model_folder
+from dragoman.inference.loading import model_folder
 from dragoman.settings import one_line
 from dragoman.training.arguments import Experiment, load_experiment
 from dragoman.training.batches import side_lengths

@@ -1,0 +1,79 @@
+"""From the folder of a saved model, or its name on the Hub, to a model that is ready to decode."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from dragoman.data.tokenizers import ProcessingClass, load_tokenizer
+
+
+# Of a model on the Hub: configurations, weights and the files of every kind of tokenizer, but no code.
+_MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.bpe"]
+
+
+def load(
+    model: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> tuple[PreTrainedModel, ProcessingClass]:
+    """Load a model and its tokenizer, or its processor if it has two vocabularies, ready to decode.
+
+    Args:
+        model: folder of a saved model, or its name on the Hub (from the local cache when offline).
+        device: "cpu", "cuda", "cuda:1", ...; None takes a GPU if there is one.
+        dtype: "float32", "bfloat16", ...; None keeps what was saved.
+
+    Raises:
+        FileNotFoundError: no such folder or model, or the folder lacks the config, the weights or the tokenizer.
+        ValueError: the model is no encoder-decoder; the device or dtype does not exist.
+    """
+    target = _device(device)
+    if isinstance(dtype, str):
+        if not isinstance(torch.__dict__.get(dtype), torch.dtype):
+            raise ValueError(f"dtype {dtype!r} is unknown: use float32, bfloat16 or float16.")
+        dtype = torch.__dict__[dtype]
+    folder = model_folder(model)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model (config.json is missing).")
+    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        raise FileNotFoundError(f"{folder} holds no weights (model.safetensors is missing).")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not config.is_encoder_decoder:
+        raise ValueError(f"{folder} holds a model of type {config.model_type!r}, which is no encoder-decoder.")
+    processing_class = load_tokenizer(folder)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=False, dtype=dtype or "auto")
+    return loaded.to(target).eval(), processing_class
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from error
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder of a saved model: itself, or where its name on the Hub is downloaded to.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    folder, name = Path(model).expanduser(), str(model)
+    is_path = isinstance(model, Path) or name.count("/") > 1 or name.startswith((".", "/", "~"))
+    if (folder / "config.json").is_file() or (folder.is_dir() and is_path):
+        return folder
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a file: give the folder of a saved model.")
+    if is_path:
+        raise FileNotFoundError(f"{folder} does not exist: give the folder of a saved model, or its name on the Hub.")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
+    except (OSError, ValueError) as error:
+        if folder.is_dir():
+            return folder  # not a name but a folder that holds no model; the caller says what it lacks
+        raise FileNotFoundError(
+            f"{name!r} is no folder here and no model that the Hub or the local cache gives ({type(error).__name__})."
+        ) from error
