@@ -8,6 +8,8 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
+from .fast_linear import PACKED_BYTES, ByOneDNN, side_by_side
+
 
 # Shapes: B sources, g target rows per source (beams, candidates, samples), P tokens of the prompt, S source length, V
 # vocabulary, D width of the decoder states, H query heads, G key and value heads, d head width.
@@ -109,6 +111,24 @@ class ForwardSteps:
         return outputs.logits[:, -1]
 
 
+class LeanLayer:
+    """A decoder layer for one step after another: its products as few as can be, nothing of what training needs."""
+
+    def __init__(self, layer: Any, pack: bool):
+        self.layer = layer
+        attention, cross = layer.self_attn, layer.cross_attn
+        self.qkv = side_by_side([attention.q_proj, attention.k_proj, attention.v_proj], pack)
+        self.self_out = side_by_side([attention.o_proj], pack)
+        self.cross_query = side_by_side([cross.q_proj], pack)
+        self.cross_out = side_by_side([cross.o_proj], pack)
+        self.inner = side_by_side(layer.mlp.inner_projections(), pack)
+        self.down = side_by_side([layer.mlp.down_proj], pack)
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.inner(x).chunk(len(self.layer.mlp.inner_projections()), dim=-1)
+        return self.down(self.layer.mlp.bend(*inner))
+
+
 class TransformerSteps(ForwardSteps):
     """
     The same for a Transformer decoder with a cache, without what a step spends on everything but its products.
@@ -125,7 +145,8 @@ class TransformerSteps(ForwardSteps):
         self.tree = tree and g > 1
 
     def begin(self) -> torch.Tensor:
-        logits = super().begin()
+        with ByOneDNN():
+            logits = super().begin()
         decoder = self.model.model.decoder
         cache, kwargs = self.model_kwargs.pop("past_key_values"), self.model_kwargs
         # Nodes first, then heads: a node is one run of memory, to write and to move.
@@ -152,7 +173,9 @@ class TransformerSteps(ForwardSteps):
             self.source_mask = self.source_mask.masked_fill(~mask.bool(), lowest)[:, None, None]  # (B, 1, 1, S)
         if not self.tree and self.g > 1:
             self._select_histories(torch.arange(sources, device=device).repeat_interleave(self.g))
-        self.layers = decoder.layers
+        pack = sum(weight.nbytes for weight in decoder.parameters()) <= PACKED_BYTES
+        self.layers = [LeanLayer(layer, pack) for layer in decoder.layers]
+        self.lm_head = side_by_side([self.model.lm_head], pack)
         return logits
 
     def next(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
@@ -197,34 +220,35 @@ class TransformerSteps(ForwardSteps):
         x, angles = decoder.enter(embeds, decoder.positions(embeds, self.position, None, None, self.place))
         mask = self._self_mask(embeds.dtype)
 
-        for layer, keys, values, cross in zip(self.layers, self.keys, self.values, self.cross, strict=True):
+        for lean, keys, values, cross in zip(self.layers, self.keys, self.values, self.cross, strict=True):
+            layer = lean.layer
 
-            def to_target(x, layer=layer, keys=keys, values=values):
-                attention = layer.self_attn
-                query = split(attention.q_proj(x), attention.head_dim)  # (N, R, H, d)
-                key = split(attention.k_proj(x), attention.head_dim)  # (N, R, G, d)
-                values[:, before : self.nodes] = split(attention.v_proj(x), attention.head_dim)
+            def to_target(x, lean=lean, attention=layer.self_attn, keys=keys, values=values):
+                heads = keys.shape[2]
+                projected = split(lean.qkv(x), attention.head_dim)  # (N, R, H + 2G, d)
+                query, key, value = projected.split([projected.shape[2] - 2 * heads, heads, heads], dim=2)
+                values[:, before : self.nodes] = value
                 query, key = attention.q_norm(query).transpose(1, 2), attention.k_norm(key).transpose(1, 2)
                 query, key = attention.turn(query, key, angles)
                 keys[:, before : self.nodes] = key.transpose(1, 2)
                 key, value = (past[:, : self.nodes].transpose(1, 2) for past in (keys, values))
-                return attention.o_proj(attend(query, key, value, mask, attention.scaling).view(*x.shape[:2], -1))
+                return lean.self_out(attend(query, key, value, mask, attention.scaling).view(*x.shape[:2], -1))
 
-            def to_source(x, attention=layer.cross_attn, cross=cross):
+            def to_source(x, lean=lean, attention=layer.cross_attn, cross=cross):
                 folded = x.view(len(cross[0]), -1, x.shape[-1])  # (B, g, D)
-                query = attention.q_norm(split(attention.q_proj(folded), attention.head_dim)).transpose(1, 2)
+                query = attention.q_norm(split(lean.cross_query(folded), attention.head_dim)).transpose(1, 2)
                 output = attend(query, cross[0], cross[1], self.source_mask, attention.scaling)
-                return attention.o_proj(output.view(*x.shape[:2], -1))
+                return lean.cross_out(output.view(*x.shape[:2], -1))
 
             x = layer.residual(x, layer.self_attn_norm, layer.dropout, to_target)
             x = layer.residual(x, layer.cross_attn_norm, layer.dropout, to_source)
-            x = layer.residual(x, layer.mlp_norm, layer.dropout, layer.mlp)
+            x = layer.residual(x, layer.mlp_norm, layer.dropout, lean.mlp)
 
         x = decoder.final_dropout(decoder.norm(x)).flatten(0, 1)
         self.position, self.place = self.position + 1, self.place + 1
         if self.with_states:
             self.states = x[:, None]
-        return self.model.lm_head(self.model.head_inputs(x))
+        return self.lm_head(self.model.head_inputs(x))
 
     def _self_mask(self, dtype: torch.dtype) -> torch.Tensor | None:
         """Added to the scores of the step's rows: (N, 1 or H, R, nodes), or None where they see everything."""

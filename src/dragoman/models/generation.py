@@ -18,6 +18,7 @@ from transformers.generation import (
 from .decoding_loops import beam_search, choose, follows_own_loop, sample, unit
 from .decoding_loops import contrastive_search as contrastive_search_for_tokens
 from .decoding_steps import ForwardSteps, target_side
+from .fast_linear import ByOneDNN
 from .loss import shift_tokens_right
 
 
@@ -175,6 +176,10 @@ class DragomanGenerationMixin(GenerationMixin):
     def decoding_steps(self, prompt: torch.Tensor, model_kwargs: dict[str, Any], g: int, **options) -> ForwardSteps:
         """How the loops of `decoding_loops` go through the target, as `ForwardSteps` describes it."""
         return ForwardSteps(self, prompt, model_kwargs, g, options.get("with_states", False))
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        with ByOneDNN():
+            return super()._maybe_prepare_encoder_kwargs_for_generation(*args, **kwargs)
 
     # What `generate` calls for greedy search and sampling, and for beam search with or without sampling.
 

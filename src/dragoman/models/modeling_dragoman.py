@@ -59,8 +59,16 @@ class DragomanMLP(nn.Module):
         self.activation = ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.activation_dropout)
 
+    def inner_projections(self) -> list[nn.Module]:
+        return [self.up_proj]
+
+    def bend(self, up: torch.Tensor) -> torch.Tensor:
+        """What the inner projections give -> what `down_proj` takes, without dropout."""
+        return self.activation(up)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states))))
+        inner = self.bend(*(projection(hidden_states) for projection in self.inner_projections()))
+        return self.down_proj(self.dropout(inner))
 
 
 class DragomanGatedMLP(DragomanMLP):
@@ -70,9 +78,11 @@ class DragomanGatedMLP(DragomanMLP):
         super().__init__(config, ffn_dim)
         self.gate_proj = nn.Linear(config.d_model, ffn_dim, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = self.activation(self.gate_proj(hidden_states))
-        return self.down_proj(self.dropout(gate * self.up_proj(hidden_states)))
+    def inner_projections(self) -> list[nn.Module]:
+        return [self.gate_proj, self.up_proj]
+
+    def bend(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.activation(gate) * up
 
 
 def make_mlp(config: DragomanConfig, ffn_dim: int) -> DragomanMLP:
