@@ -15,7 +15,7 @@ PACKED_BYTES = 2**30
 
 
 def suits_onednn(weight: torch.Tensor) -> bool:
-    return (
+    return bool(
         torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and type(weight) in (torch.Tensor, nn.Parameter)
