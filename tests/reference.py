@@ -289,6 +289,56 @@ def contrastive_search(model, input_ids, attention_mask, penalty_alpha, top_k, m
     return nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad)
 
 
+def next_log_probabilities(model, source, target):
+    """Of what follows the tokens of a target, a list, after one source, (1, S)."""
+    logits = model(input_ids=source, decoder_input_ids=torch.tensor([target]), use_cache=False).logits
+    return logits[0, -1].log_softmax(-1).tolist()
+
+
+def diverse_beam_search(model, source, groups, w, penalty, max_new_tokens, length_penalty, start, eos):
+    """
+    Vijayakumar 2016, algorithm 1, for one source (1, S), with lists: -> (score, tokens after the start), best first.
+    `early_stopping=False`: a group gives up when the best of its beams, as it is, is behind all that have ended.
+    """
+    beams = [[(0.0, [])] for _ in range(groups)]
+    ended = [[] for _ in range(groups)]
+    for step in range(1, max_new_tokens + 1):
+        used = []
+        for group in range(groups):
+            candidates = []
+            for total, tokens in beams[group]:
+                log_probabilities = next_log_probabilities(model, source, [start, *tokens])
+                for token, value in enumerate(log_probabilities):
+                    candidates.append((total + value - penalty * used.count(token), [*tokens, token]))
+            candidates.sort(key=lambda candidate: -candidate[0])
+            last = step == max_new_tokens
+            for total, tokens in candidates[:w]:
+                if tokens[-1] == eos or last:
+                    ended[group].append((total / step**length_penalty, tokens))
+            ended[group] = sorted(ended[group], key=lambda one: -one[0])[:w]
+            going_on = [(total, tokens) for total, tokens in candidates if tokens[-1] != eos][:w]
+            used += [tokens[-1] for _, tokens in going_on]
+            hope = max((total for total, _ in going_on), default=0.0) / step**length_penalty
+            gives_up = len(ended[group]) == w and hope <= ended[group][-1][0]
+            beams[group] = [] if gives_up or last else going_on
+    return sorted((one for group in ended for one in group), key=lambda one: -one[0])
+
+
+def every_output(model, source, max_new_tokens, start, eos):
+    """All that can be written after one source, (1, S): dictionary from tokens after the start to log-probabilities."""
+    outputs, open_ones = {}, {(): []}
+    for _ in range(max_new_tokens):
+        targets = torch.tensor([[start, *tokens] for tokens in open_ones])
+        logits = model(input_ids=source.expand(len(targets), -1), decoder_input_ids=targets, use_cache=False).logits
+        longer = {}
+        for (tokens, values), row in zip(open_ones.items(), logits[:, -1].log_softmax(-1).tolist(), strict=True):
+            for token, value in enumerate(row):
+                part = outputs if token == eos else longer
+                part[*tokens, token] = [*values, value]
+        open_ones = longer
+    return outputs | open_ones
+
+
 # ---------------------------------------------------------------- loss
 
 

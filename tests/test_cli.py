@@ -126,6 +126,18 @@ def test_generate_with_options(model):
         assert float(row[1]) == pytest.approx(hypothesis.score, abs=1e-4)
 
 
+def test_generate_forced_words(model):
+    words = [word for word in load(model)[1].get_vocab() if word.isalpha()]
+    command = ["generate", model, "--num-beams", "5", "--max-new-tokens", "6", "--force-word", words[0]]
+    result = dragoman_command(*command, "--force-word", f"{words[1]}|{words[2]}", text="uno\n\ndue tre\n")
+    assert result.exit_code == 0, result.stderr
+    first, empty, last = result.stdout.splitlines()
+    assert empty == ""
+    for line in (first, last):
+        assert words[0] in line.split()
+        assert {words[1], words[2]} & set(line.split())
+
+
 def test_sampling_repeats_with_a_seed(model):
     command = ["generate", model, "--do-sample", "--top-k", "0"]
     first, second, third = (
@@ -168,6 +180,9 @@ def test_evaluate_writes_predictions_and_scores(model, tmp_path):
         ),
         (["--forced-bos-token-id", "99999"], "forced_bos_token_id has the token id 99999, but the target vocabulary"),
         (["--suppress-tokens", "[99999]"], "suppress_tokens has the token id 99999, but the target vocabulary has "),
+        (["--num-beams=4", "--num-beam-groups=3"], "num_beam_groups=3 does not divide num_beams=4"),
+        (["--force-word", "zwei"], "the target vocabulary cannot spell the forced word 'zwei'"),
+        (["--force-word", "two", "--compare"], "--force-word goes with neither --compare nor --force-words-ids"),
         (["--guidance-scale", "2"], "no such option: --guidance-scale; the nearest valid one is "),
     ],
 )

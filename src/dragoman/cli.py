@@ -154,6 +154,8 @@ Examples:
   dragoman generate runs/quickstart --num-beams 5 --nbest 3 --scores < lines.txt
   dragoman generate runs/quickstart --do-sample --top-p 0.9 --top-k 0 < lines.txt
   dragoman generate runs/quickstart --penalty-alpha 0.6 --top-k 4 < lines.txt
+  dragoman generate runs/quickstart --num-beams 6 --num-beam-groups 3 --diversity-penalty 0.5 --nbest 3 < lines.txt
+  dragoman generate runs/quickstart --num-beams 6 --force-word "file|documento" < lines.txt
   dragoman generate runs/quickstart --compare < lines.txt""",
 )
 def generate(
@@ -167,6 +169,10 @@ def generate(
         int, typer.Option("--nbest", "--num-return-sequences", min=1, help="Outputs a line, each after its number.")
     ] = 1,
     scores: Annotated[bool, typer.Option("--scores", help="Write the score and a tab before each output.")] = False,
+    force_word: Annotated[
+        list[str] | None,
+        typer.Option(help="Word or phrase of every output, A|B for either; repeat for more.", show_default=False),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     source_lang: Annotated[str | None, typer.Option(help="Code of a model with many languages: it, ita_Latn.")] = None,
@@ -186,7 +192,7 @@ def generate(
     from transformers import set_seed
 
     from dragoman.data.reading import read_lines
-    from dragoman.inference.arguments import parse_generation_options
+    from dragoman.inference.arguments import forced_words, parse_generation_options
     from dragoman.inference.loading import load
     from dragoman.inference.translate import compare_strategies, translate_stream
 
@@ -196,8 +202,12 @@ def generate(
         raise ValueError("--compare shows one output per strategy; leave out --nbest and --scores")
     if compare and max_tokens_per_batch is not None:
         raise ValueError("--compare takes --batch-size; leave out --max-tokens-per-batch")
+    if force_word and (compare or "force_words_ids" in options):
+        raise ValueError("--force-word goes with neither --compare nor --force-words-ids")
     _quiet_bars()
     loaded, tokenizer = load(model, device)
+    if force_word:
+        options["force_words_ids"] = forced_words(tokenizer, force_word)
     rows: dict[str, Any] = {"source_lang": source_lang, "target_lang": target_lang, "source_prefix": source_prefix}
     if seed is not None:
         set_seed(seed)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from dragoman import DragomanForConditionalGeneration
+from dragoman import DragomanConfig, DragomanForConditionalGeneration
 from dragoman.data.tokenizers import train_tokenizer
 from dragoman.inference import (
     STRATEGIES,
@@ -21,6 +21,7 @@ from dragoman.inference import (
     translate,
     translate_stream,
 )
+from dragoman.inference.arguments import forced_words
 from dragoman.models.generation import OFFLINE_LOOPS
 from inference.tiny import SOURCES, TARGETS, learned_by_heart
 
@@ -203,6 +204,36 @@ def test_lengths_given_in_the_call_win():
     assert len(translate(model, tokenizer, [longest], max_length=3)[0][0].token_ids) == 2  # the start token counts
 
 
+@pytest.mark.parametrize("kind", ["word", "bpe", "unigram", "char"])
+def test_forced_words(kind):
+    """Whatever the pieces are, the words are there, at the beginning or after a space."""
+    options = {"vocab_size": 300} if kind == "bpe" else {"vocab_size": 60} if kind == "unigram" else {}
+    tokenizer = train_tokenizer(SOURCES + TARGETS, kind, **options)
+    torch.manual_seed(0)
+    sizes = {"d_model": 12, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    config = DragomanConfig(vocab_size=len(tokenizer), decoder_attention_heads=2, **sizes)
+    model = DragomanForConditionalGeneration(config).eval()
+    forced = forced_words(tokenizer, ["una casa", "gatto|cane"])
+    assert [len(forms) for forms in forced] == ([2, 4] if kind in ("bpe", "char") else [1, 2])
+    for (best,) in translate(model, tokenizer, SOURCES[:3], num_beams=4, max_new_tokens=40, force_words_ids=forced):
+        assert "una casa" in best.text
+        assert "gatto" in best.text or "cane" in best.text
+    if kind != "bpe":
+        with pytest.raises(ValueError, match="the target vocabulary cannot spell the forced word 'Ω'"):
+            forced_words(tokenizer, ["gatto|Ω"])
+    with pytest.raises(ValueError, match=r"the forced word 'gatto\|' is empty"):
+        forced_words(tokenizer, ["gatto|"])
+
+
+def test_diverse_beams(tiny):
+    outputs = translate(
+        *tiny, SOURCES[:4], num_beams=3, num_beam_groups=3, diversity_penalty=50.0, num_return_sequences=3, scores=False
+    )
+    for found, target in zip(outputs, TARGETS, strict=False):
+        assert found[0].text == target
+        assert len({hypothesis.text.split()[0] for hypothesis in found}) == 3
+
+
 @pytest.mark.parametrize("strategy", ["greedy", "beam", "contrastive"])
 def test_stop_strings(strategy):
     model, tokenizer = learned_by_heart(kind="char")
@@ -280,11 +311,12 @@ class TestStrategies:
         assert strategy_arguments("beam") == STRATEGIES["beam"]
         assert strategy_arguments("beam: num_beams=8, length_penalty=0.8") == {
             "num_beams": 8,
+            "num_beam_groups": 1,
             "do_sample": False,
             "length_penalty": 0.8,
         }
         assert strategy_arguments("greedy:suppress_tokens=[5,6]")["suppress_tokens"] == [5, 6]
-        assert STRATEGIES["beam"] == {"num_beams": 4, "do_sample": False}
+        assert STRATEGIES["beam"] == {"num_beams": 4, "num_beam_groups": 1, "do_sample": False}
         assert strategy_arguments("default:max_new_tokens=9", use_cache=False) == {
             "use_cache": False,
             "max_new_tokens": 9,

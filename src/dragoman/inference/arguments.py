@@ -6,6 +6,7 @@ from typing import Any, Literal, get_type_hints
 
 from transformers import GenerationConfig
 
+from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
 from dragoman.settings import nearest, one_line, parse_yaml, typed
 
 
@@ -22,6 +23,9 @@ class GenerationArguments:
     stop_strings: str | list[str] | None = None
     do_sample: bool | None = None
     num_beams: int | None = None
+    num_beam_groups: int | None = None  # diverse beam search
+    diversity_penalty: float | None = None
+    force_words_ids: list[list[Any]] | None = None  # [[5, 6], [7]]: both; [[[5, 6], [7]]]: one of the two
     use_cache: bool | None = None
     cache_implementation: str | None = None
     temperature: float | None = None
@@ -97,6 +101,7 @@ def _option_pairs(options: list[str]) -> Iterator[tuple[str, str]]:
 
 _POSITIVE = (
     "num_beams",
+    "num_beam_groups",
     "max_length",
     "max_new_tokens",
     "max_time",
@@ -106,7 +111,14 @@ _POSITIVE = (
     "prompt_lookup_num_tokens",
     "max_matching_ngram_size",
 )
-_NOT_NEGATIVE = ("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
+_NOT_NEGATIVE = (
+    "diversity_penalty",
+    "min_length",
+    "min_new_tokens",
+    "top_k",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+)
 _RANGES: list[tuple[tuple[str, ...], str, Callable[[float], bool]]] = [
     (_POSITIVE, "greater than 0", lambda value: value > 0),
     (_NOT_NEGATIVE, "at least 0", lambda value: value >= 0),
@@ -150,6 +162,7 @@ def check_combination(given: Mapping[str, Any], defaults: GenerationConfig | Non
 
 # Whose values are ids of the target vocabulary.
 _ID_ARGUMENTS = (
+    "force_words_ids",
     "bad_words_ids",
     "suppress_tokens",
     "begin_suppress_tokens",
@@ -175,6 +188,33 @@ def check_token_ids(given: Mapping[str, Any], vocab_size: int, where: str = "") 
                     f"{where}{name} has the token id {token_id}, but the target vocabulary has the ids 0 to "
                     f"{vocab_size - 1}"
                 )
+
+
+def forced_words(processing_class: ProcessingClass, words: Iterable[str]) -> list[list[list[int]]]:
+    """`force_words_ids` that have every one of the words in the output, at its beginning or after a space.
+
+    Args:
+        processing_class: tokenizer or processor of the model.
+        words: words or phrases; `"cat|cats"` is a choice.
+
+    Raises:
+        ValueError: a word is empty, or the target vocabulary cannot spell it.
+    """
+    _, tokenizer = source_and_target_tokenizer(processing_class)
+    forced = []
+    for word in words:
+        forms: list[list[int]] = []
+        for form in word.split("|"):
+            if not form.strip():
+                raise ValueError(f"the forced word {word!r} is empty; write a word, or two to choose from as A|B")
+            for text in (form.strip(), f" {form.strip()}"):
+                ids = tokenizer(text_target=text, add_special_tokens=False)["input_ids"]
+                if tokenizer.unk_token_id in ids and text == form.strip():
+                    raise ValueError(f"the target vocabulary cannot spell the forced word {form.strip()!r}")
+                if ids not in forms and tokenizer.unk_token_id not in ids:
+                    forms.append(ids)
+        forced.append(forms)
+    return forced
 
 
 def _flat(value: Any) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""What both families add to `generate()`: contrastive search, one copy of the source for all its beams, checks."""
+"""What both families add to `generate()`: decoding modes, one copy of the source for all its beams, checks."""
 
 import functools
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from .decoding_loops import contrastive_search as contrastive_search_for_tokens
 from .decoding_steps import ForwardSteps, target_side
 from .fast_linear import ByOneDNN
 from .loss import shift_tokens_right
+from .offline_search import check_beams, constrained_beam_search, diverse_beam_search
 
 
 # Shapes: B sources, k candidates, t target tokens so far, D width of the decoder states, V target vocabulary.
@@ -48,8 +49,13 @@ class DragomanGenerationMixin(GenerationMixin):
         `penalty_alpha` > 0 and `top_k` > 1, `top_k` being 4 unless the call gives it. `penalty_alpha` in the call
         also means one beam and no sampling, whatever the model's own generation config says about them.
 
+        Diverse beam search (Vijayakumar 2016) when `num_beam_groups` > 1, with a `diversity_penalty` > 0; constrained
+        beam search (Hokamp and Liu 2017, Post and Vilar 2018) when `force_words_ids` are given: `[[5, 6], [9]]` are two
+        words that have to appear among the new tokens, `[[[5, 6], [7]], [9]]` leaves the first one a choice.
+
         Raises:
-            ValueError: ids outside the vocabulary; `penalty_alpha` together with beams or sampling.
+            ValueError: ids outside the vocabulary; settings that exclude each other, such as `penalty_alpha` and beams;
+                forced words for which there is no room.
         """
         self._check_ids("input_ids", inputs if inputs is not None else kwargs.get("input_ids"))
         self._check_ids("decoder_input_ids", kwargs.get("decoder_input_ids"))
@@ -137,6 +143,10 @@ class DragomanGenerationMixin(GenerationMixin):
                     f"penalty_alpha={alpha} asks for contrastive search, which has one beam and does not sample: "
                     "drop it, or drop num_beams and do_sample."
                 )
+            if given("force_words_ids") is not None:
+                raise ValueError(
+                    f"penalty_alpha={alpha} asks for contrastive search, force_words_ids for beams: drop one of them."
+                )
             kwargs.update(num_beams=1, do_sample=False)
         elif alpha is None:
             alpha = self.generation_config.penalty_alpha
@@ -144,7 +154,20 @@ class DragomanGenerationMixin(GenerationMixin):
         # model's generation config. So only the call counts.
         top_k = 4 if top_k is None else top_k
         settings = {name: value for name, value in kwargs.items() if name != "top_k"}
-        mode = self._prepare_generation_config(generation_config, **settings)[0].get_generation_mode(assistant_model)
+        config = self._prepare_generation_config(generation_config, **settings)[0]
+        mode = config.get_generation_mode(assistant_model)
+        if mode in (GenerationMode.GROUP_BEAM_SEARCH, GenerationMode.CONSTRAINED_BEAM_SEARCH):
+            check_beams(config, self.config.vocab_size, streamer, assistant_model)
+        elif (given("num_beam_groups") or 1) > 1:
+            raise ValueError(
+                f"num_beam_groups={given('num_beam_groups')} does not divide num_beams={config.num_beams or 1}: all "
+                "groups have as many beams."
+            )
+        elif given("diversity_penalty"):
+            raise ValueError(
+                f"diversity_penalty={given('diversity_penalty')} needs num_beam_groups of at least 2, among which the "
+                "beams are divided."
+            )
         if not alpha or top_k <= 1 or mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.CONTRASTIVE_SEARCH):
             # What the model's own generation config says is over, or the host would look for its contrastive search.
             settings, own = (kwargs if alpha else {**kwargs, "penalty_alpha": 0.0}), {}
@@ -362,4 +385,8 @@ def _select_rows(outputs, rows: torch.Tensor):
 # The modes that `GenerationMixin` looks for on the Hub, and the loops that serve them here. A loop is called as
 # loop(model, ids, logits_processor=, stopping_criteria=, generation_config=, streamer=, synced_gpus=, **model_kwargs),
 # with ids (B * beams, t), and returns sequences or a dictionary as the host's loops do.
-OFFLINE_LOOPS: dict[GenerationMode, Callable] = {GenerationMode.CONTRASTIVE_SEARCH: contrastive_search}
+OFFLINE_LOOPS: dict[GenerationMode, Callable] = {
+    GenerationMode.CONTRASTIVE_SEARCH: contrastive_search,
+    GenerationMode.GROUP_BEAM_SEARCH: diverse_beam_search,
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: constrained_beam_search,
+}
