@@ -36,7 +36,8 @@ def home(tmp_path_factory):
         (folder / name).symlink_to(ROOT / name)
     (folder / "mine.tsv").write_text("".join(f"file {number}\tdocumento {number}\n" for number in range(50)))
     (folder / "lines.txt").write_text("Delete the selected files\n\nOpen the settings page\n")
-    run(folder, "dragoman train configs/quickstart.yaml training.output_dir=runs/quickstart")
+    every_step = "eval_strategy=steps save_strategy=steps eval_steps=1 save_steps=1".replace(" ", " training.")
+    run(folder, f"dragoman train configs/quickstart.yaml training.output_dir=runs/quickstart training.{every_step}")
     return folder
 
 
@@ -47,7 +48,7 @@ def run(folder: Path, command: str, **variables: str) -> str:
         shorter += f" training.max_steps=2 training.disable_tqdm=true training.predict_with_generate=false {small}"
         shorter += " training.metric_for_best_model=loss training.num_train_epochs=1"
         if "output_dir" not in command and "languages" not in command:
-            shorter += " training.output_dir=runs/again"
+            shorter += f" training.output_dir=runs/{'resumed' if '--resume' in command else 'again'}"
     program = f"{shlex.quote(sys.executable)} -m dragoman.cli"
     process = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", shorter.replace("dragoman", program, 1)],

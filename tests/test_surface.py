@@ -101,6 +101,7 @@ def test_command_line():
         ],
         "compare": ["--metric", "--references", "--samples", "a", "b"],
         "convert": ["--dtype", "--revision", "output", "source"],
+        "average": ["--last", "folders"],
         "push": ["--message", "--private", "--revision", "model", "repository"],
     }
 
@@ -135,9 +136,12 @@ def test_sections_of_an_experiment():
     }
     assert own_fields(arguments.TrainingArguments, Seq2SeqTrainingArguments) == {
         "early_stopping_patience",
+        "ema_decay",
         "max_tokens_per_batch",
         "metrics",
         "packing",
+        "samples",
+        "stop_on_divergence",
         "teacher_forcing_schedule",
     }
 

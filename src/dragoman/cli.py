@@ -593,6 +593,36 @@ def convert(
 
 
 @app.command(
+    short_help="Average checkpoints into one model.",
+    epilog="""\b
+Examples:
+  dragoman average runs/quickstart runs/averaged
+  dragoman average runs/quickstart runs/averaged --last 5
+  dragoman average runs/a/checkpoint-900 runs/b/checkpoint-900 runs/averaged""",
+)
+def average(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Checkpoints, or runs, which stand for their complete checkpoints; then the folder to write.",
+            metavar="CHECKPOINTS... OUTPUT",
+        ),
+    ],
+    last: Annotated[int | None, typer.Option(min=2, help="Only the last so many of them.", show_default="all")] = None,
+) -> None:
+    """Write a model whose weights are the means of those of several checkpoints of one model.
+
+    Everything else comes from the last of them. A run keeps as many checkpoints as training.save_total_limit says.
+    """
+    from dragoman.training.averaging import average_checkpoints
+
+    _quiet_bars()
+    *sources, output = folders
+    averaged = average_checkpoints(sources, output, last)
+    print(f"{output} is the average of {', '.join(map(str, averaged))}")
+
+
+@app.command(
     short_help="Push a model to the Hub.",
     epilog="""\b
 Examples:

@@ -129,14 +129,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = (inputs[chunk] @ matrix.t()).to(precision)
                 if bias is not None:
                     logits += bias
-                normalizer = logits.logsumexp(dim=-1, keepdim=True)
                 target = (1 - label_smoothing) * logits.gather(1, gold)
                 if label_smoothing:
                     target = target + label_smoothing * logits.mean(dim=-1, keepdim=True)
-                total += (normalizer - target).sum()
+                largest = logits.amax(dim=-1, keepdim=True)
+                probability = logits.sub_(largest).exp_()  # one exponential for the loss and for its gradient
+                normalizer = probability.sum(dim=-1, keepdim=True)
+                total += (normalizer.log() + largest - target).sum()
                 if not (needs_states or needs_weight or needs_bias):
                     continue
-                gradient = logits.sub_(normalizer).exp_().sub_(label_smoothing / vocab_size)
+                gradient = probability.div_(normalizer)
+                if label_smoothing:
+                    gradient.sub_(label_smoothing / vocab_size)
                 gradient.scatter_add_(1, gold, gradient.new_full(gold.shape, label_smoothing - 1))
                 if bias_grad is not None:
                     bias_grad += gradient.sum(dim=0)

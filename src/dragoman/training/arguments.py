@@ -36,6 +36,7 @@ from dragoman.inference.arguments import GenerationArguments, check_combination,
 from dragoman.inference.loading import model_folder
 from dragoman.models.scheduled_sampling import teacher_forcing_schedule
 from dragoman.settings import check_key, nearest, one_line, parse_mapping, parse_yaml, typed
+from dragoman.training.checkpoints import write_whole
 
 
 PathPair = str | list[str]
@@ -133,6 +134,18 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default=None,
         metadata={"help": "Scheduled sampling of a recurrent model: kind, k, slope, minimum."},
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Average the weights over the steps, the newest with 1 - ema_decay: 0.999 looks back on 1,000 "
+            "steps. The average is evaluated and saved."
+        },
+    )
+    stop_on_divergence: bool = field(
+        default=True,
+        metadata={"help": "Stop before the weights are lost to a gradient that is not finite or explodes."},
+    )
+    samples: int = field(default=2, metadata={"help": "Validation sources whose outputs each evaluation shows."})
     metrics: list[str] = field(
         default_factory=lambda: ["bleu", "chrf"],
         metadata={"help": "Metrics of every evaluation, with options if wanted: bleu:tokenize=zh."},
@@ -153,6 +166,12 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(f"max_tokens_per_batch is {self.max_tokens_per_batch}; it must be at least 1")
         if self.packing and self.max_tokens_per_batch is None:
             raise ValueError("packing needs max_tokens_per_batch, the tokens of a batch")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; it must be between 0 and 1, for example 0.999")
+        if self.ema_decay is not None and (self.fsdp or self.deepspeed):
+            raise ValueError("ema_decay needs whole weights in each process; leave out fsdp and deepspeed")
+        if self.samples < 0:
+            raise ValueError(f"samples is {self.samples}; it must be 0 or more")
         super().__post_init__()
         if self.teacher_forcing_schedule is not None:
             valid = list(inspect.signature(teacher_forcing_schedule).parameters)[1:]
@@ -234,7 +253,7 @@ class Experiment:
     def save(self, path: Path) -> None:
         """Write the experiment so that `load_experiment(path)` gives it back."""
         header = f"# dragoman train {path.name}\n"
-        path.write_text(header + yaml.safe_dump(self.given, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_whole(path, header + yaml.safe_dump(self.given, sort_keys=False, allow_unicode=True))
 
 
 def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:

@@ -53,15 +53,23 @@ from dragoman.inference.languages import language_argument, language_id
 from dragoman.inference.loading import model_folder
 from dragoman.settings import one_line
 from dragoman.training.arguments import Experiment, load_experiment
+from dragoman.training.averaging import WeightAverage
 from dragoman.training.batches import side_lengths
 from dragoman.training.card import decoding_name, write_card
+from dragoman.training.checkpoints import (
+    COMPLETE_FILE,
+    UNFINISHED,
+    complete_checkpoints,
+    unfinished_checkpoints,
+    write_whole,
+)
 from dragoman.training.memory import MemoryEstimate, estimate_memory
 from dragoman.training.push import check_token, one_sentence_for_hub_errors, push
 from dragoman.training.trainer import LanguagesTrainer, ScheduledSamplingTrainer
+from dragoman.training.watching import PLOT_FILE, Divergence, Samples, plot_run
 
 
 EXPERIMENT_FILE = "experiment.yaml"
-COMPLETE_FILE = "complete.json"
 SPLITS = ("train", "validation", "test")
 # A new sentence may well be longer than every training target, and one that never ends must still stop.
 LENGTH_MARGIN = 1.5
@@ -81,7 +89,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     Raises:
         ValueError: unusable data or settings, or an output folder that is in use.
         OSError: the output folder cannot be written, the disk is full, or the Hub refuses the model.
-        KeyboardInterrupt: Ctrl-C; the message says how to go on.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how to go on.
     """
     arguments = experiment.training
     output = Path(str(arguments.output_dir))
@@ -92,6 +100,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     if arguments.push_to_hub:
         check_token()
     if resume:
+        for unfinished in unfinished_checkpoints(output):
+            say(f"{unfinished} is skipped: the run ended before it was complete")
         say(f"Resuming from {checkpoint}" if checkpoint else f"{output} holds no complete checkpoint: starting anew")
 
     if not sys.stderr.isatty():
@@ -110,6 +120,9 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
 
     companion = _Companion(experiment, model)
     callbacks: list[TrainerCallback] = [companion]
+    average = WeightAverage(model, arguments.ema_decay) if arguments.ema_decay is not None else None
+    if average is not None:
+        callbacks.append(average)
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
     collator = Seq2SeqCollator(tokenizer, model=model)
@@ -132,15 +145,25 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
+            complete_checkpoint=partial(_mark_complete, experiment),
+            average=average,
+            divergence=Divergence(partial(last_complete_checkpoint, output)) if arguments.stop_on_divergence else None,
+            samples=Samples(tokenizer, say, arguments.samples),
         )
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trainer.add_callback(_Lines(say) if arguments.disable_tqdm else _Progress)
     if arguments.process_index == 0:
         say(f"memory: {_memory(model, experiment, encoded['train'])}")
-    with _one_sentence_for_disk_errors(output), companion.catching_ctrl_c():
+    with _one_sentence_for_disk_errors(output), companion.catching_signals():
         if arguments.process_index == 0:
             _claim_output(output, experiment, overwrite)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            if arguments.process_index == 0:
+                plot_run(trainer.state.log_history, output / PLOT_FILE)
+    if companion.interrupted:  # too late to be heard after a step
+        companion.stop(trainer.state)
 
     scores: dict[str, float] = {}
     if "test" in encoded:
@@ -153,7 +176,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
             trainer.state.save_to_json(str(output / "trainer_state.json"))
             (output / "test_results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
             write_card(output, example=next(iter(pairs["train"]))["source"])
-            _mark_complete(output, experiment, trainer.state)
+            _mark_complete(experiment, output, trainer.state)
     if is_pushed and arguments.process_index == 0:
         commit = push(output, str(trainer.hub_model_id), revision=arguments.hub_revision, message="End of training")
         say(f"pushed: {commit.repo_url} at revision {commit.oid}")
@@ -233,8 +256,7 @@ def _fresh_model(experiment: Experiment, source: Any, target: Any) -> tuple[PreT
 
 def last_complete_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint of a run that was written to its end, or None."""
-    checkpoints = [marker.parent for marker in output.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    return max(checkpoints, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    return next(reversed(complete_checkpoints(output)), None)
 
 
 def usage(output: Path, tokenizer: ProcessingClass, pair: Mapping[str, str]) -> str:
@@ -260,7 +282,14 @@ def usage(output: Path, tokenizer: ProcessingClass, pair: Mapping[str, str]) -> 
 
 
 def _log_line(state: TrainerState, logs: dict[str, float]) -> str:
-    hidden = ("epoch", "total_flos", "_runtime", "_per_second")
+    hidden = (
+        "epoch",
+        "total_flos",
+        "_runtime",
+        "samples_per_second",
+        "steps_per_second",
+        "padded_target_tokens_per_second",
+    )
     shown = [f"{name} {value:.4g}" for name, value in logs.items() if not name.endswith(hidden)]
     return f"epoch {state.epoch:.2f}, step {state.global_step}: {', '.join(shown)}"
 
@@ -285,28 +314,39 @@ class _Lines(TrainerCallback):
 
 class _Companion(TrainerCallback):
     """
-    Beside the Trainer: completes its checkpoints and what it pushes of them, keeps the model's generation settings, and
-    stops cleanly on Ctrl-C.
+    Beside the Trainer: completes what it pushes of its checkpoints, keeps the model's generation settings, and stops
+    cleanly on Ctrl-C and SIGTERM.
     """
 
     def __init__(self, experiment: Experiment, model: PreTrainedModel) -> None:
         self.experiment = experiment
         self.generation_config = deepcopy(model.generation_config)
         self.interrupted = False
+        self.saves_at_epoch_end = False
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.interrupted:
             control.should_save = True
+        # A run that resumes after the last step of an epoch begins with the next one: what the end of the epoch brings,
+        # an evaluation above all, has to be done before that checkpoint is written.
+        is_last = state.global_step >= state.max_steps or float(state.epoch or 0).is_integer()
+        if control.should_save and is_last:
+            control.should_save, self.saves_at_epoch_end = False, True
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_save |= self.saves_at_epoch_end
+        self.saves_at_epoch_end = False
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            _mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.experiment, state)
         if self.interrupted:
             # Raised rather than control.should_training_stop, which would first run the evaluation of an epoch's end
             # and so make the resumed run differ from an uninterrupted one.
-            raise KeyboardInterrupt(
-                f"stopped and saved after step {state.global_step}; the same command with --resume goes on from there"
-            )
+            self.stop(state)
+
+    def stop(self, state: TrainerState) -> None:
+        raise KeyboardInterrupt(
+            f"stopped and saved after step {state.global_step}; the same command with --resume goes on from there"
+        )
 
     def on_push_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The Trainer pushes what lies here, and puts only weights and tokenizer there.
@@ -324,21 +364,25 @@ class _Companion(TrainerCallback):
         model.generation_config = deepcopy(self.generation_config)
 
     @contextmanager
-    def catching_ctrl_c(self) -> Iterator[None]:
-        """The first Ctrl-C saves after the current step and stops; the second stops at once."""
+    def catching_signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM saves after the current step and stops; the second stops at once."""
         if self.experiment.training.world_size > 1 or threading.current_thread() is not threading.main_thread():
             yield  # processes stopped at different steps would wait for each other forever
             return
 
+        def restore() -> None:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
         def interrupt(number: int, frame: FrameType | None) -> None:
             self.interrupted = True
-            signal.signal(signal.SIGINT, previous)
+            restore()
 
-        previous = signal.signal(signal.SIGINT, interrupt)
+        previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            restore()
 
 
 def _memory(model: PreTrainedModel, experiment: Experiment, encoded: Pairs) -> MemoryEstimate:
@@ -366,7 +410,7 @@ def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     if not os.access(present, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    in_use = output.is_dir() and any(output.iterdir())
+    in_use = output.is_dir() and any(file.suffix != UNFINISHED for file in output.iterdir())
     if in_use and not (resume or overwrite):
         raise ValueError(f"{output} is not empty: --resume goes on with its run, --overwrite deletes it")
     if in_use and not (output / EXPERIMENT_FILE).is_file():
@@ -375,9 +419,9 @@ def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite:
         before, now = load_experiment(output / EXPERIMENT_FILE).given, experiment.given
         changed = [
             f"{section}.{key}"
-            for section in ("model", "data", "tokenizer")
+            for section in ("model", "data", "tokenizer", "training")
             for key in sorted(before[section].keys() | now[section].keys())
-            if before[section].get(key) != now[section].get(key)
+            if (section != "training" or key == "ema_decay") and before[section].get(key) != now[section].get(key)
         ]
         if changed:
             raise ValueError(f"cannot resume {output}: it was started with another {', '.join(changed)}")
@@ -386,9 +430,15 @@ def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite:
 def _claim_output(output: Path, experiment: Experiment, overwrite: bool) -> None:
     """Make the folder this run's own; only now, so that a mistake found before leaves it as it was."""
     if overwrite and output.exists():
-        shutil.rmtree(output)
+        for marker in (output / COMPLETE_FILE, *output.glob(f"checkpoint-*/{COMPLETE_FILE}")):
+            marker.unlink(missing_ok=True)
+        # What tells that a run made the folder goes last, lest a second try refuse what is left of it.
+        for entry in sorted(output.iterdir(), key=lambda entry: entry.name == EXPERIMENT_FILE):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     output.mkdir(parents=True, exist_ok=True)
     (output / COMPLETE_FILE).unlink(missing_ok=True)
+    for unfinished in unfinished_checkpoints(output):
+        shutil.rmtree(unfinished)
     experiment.save(output / EXPERIMENT_FILE)
 
 
@@ -499,10 +549,10 @@ def _test(
     return headline(compute_scores(texts, references, arguments.metrics))
 
 
-def _mark_complete(folder: Path, experiment: Experiment, state: TrainerState) -> None:
+def _mark_complete(experiment: Experiment, folder: Path, state: TrainerState) -> None:
     experiment.save(folder / EXPERIMENT_FILE)
     marker = {"step": state.global_step, "epoch": state.epoch, "best_validation": state.best_metric}
-    (folder / COMPLETE_FILE).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+    write_whole(folder / COMPLETE_FILE, json.dumps(marker) + "\n")
 
 
 @contextmanager

@@ -1,5 +1,9 @@
 """The few things about training that no public hook of the stock trainer reaches."""
 
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,18 +11,160 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler
-from transformers import Seq2SeqTrainer
+from transformers import Seq2SeqTrainer, TrainerState
+from transformers.trainer_utils import sort_checkpoints
 
 from dragoman.data.batching import TokenBudgetBatches
 from dragoman.models.pipeline_dragoman import language_arguments
 from dragoman.models.scheduled_sampling import teacher_forcing_schedule
 from dragoman.training.arguments import TrainingArguments
+from dragoman.training.averaging import WeightAverage
 from dragoman.training.batches import StreamedBatches, TokenBudgetSampler, side_lengths
+from dragoman.training.checkpoints import COMPLETE_FILE
+from dragoman.training.watching import Divergence, Samples, Speed
 
 
-class BatchingTrainer(Seq2SeqTrainer):
+class DurableTrainer(Seq2SeqTrainer):
     """
-    `Seq2SeqTrainer` that makes its training batches under `args.max_tokens_per_batch`, where that is set, and takes
+    `Seq2SeqTrainer` that can be killed at any moment: a checkpoint without its marker, `complete.json`, is unfinished,
+    and older ones are deleted when the new one has it. It evaluates and saves an average of the weights where there is
+    one, and tells what it is doing.
+
+    A subclass, because the Trainer deletes old checkpoints before a callback hears of the new one, makes one step more
+    when it resumes a run that had made its last, and shows its batches and gradients to no callback.
+
+    Args:
+        complete_checkpoint: writes what belongs into a checkpoint's folder besides, and at last the marker.
+        average: of the weights, or None.
+        divergence: looks at the gradients of each step, or None.
+        samples: of what the model makes of validation sources.
+    """
+
+    args: TrainingArguments
+
+    def __init__(
+        self,
+        *args: Any,
+        complete_checkpoint: Callable[[Path, TrainerState], None],
+        average: WeightAverage | None = None,
+        divergence: Divergence | None = None,
+        samples: Samples,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.complete_checkpoint = complete_checkpoint
+        self.average = average
+        self.divergence = divergence
+        self.samples = samples
+        self.shows_samples = False
+        self.speed = Speed()
+        self.stopped_early = False
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._keeping_checkpoints():
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
+        if self.args.should_save:
+            folder = self._get_output_dir(trial)
+            checkpoint = Path(folder, f"checkpoint-{self.state.global_step}")
+            if self.average is not None:
+                self.average.save_current(checkpoint)
+            self.complete_checkpoint(checkpoint, self.state)
+            self._delete_checkpoints(folder)
+
+    def _delete_checkpoints(self, folder: str) -> None:
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        older = sort_checkpoints(folder)[:-1]
+        surplus = len(older) + 1 - limit if limit else 0
+        for checkpoint in [one for one in older if best is None or Path(one) != Path(best)][: max(surplus, 0)]:
+            Path(checkpoint, COMPLETE_FILE).unlink(missing_ok=True)  # first, lest half a folder look like a whole one
+            shutil.rmtree(checkpoint)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        with self._keeping_checkpoints():
+            return super()._finalize_training(*args, **kwargs)
+
+    @contextmanager
+    def _keeping_checkpoints(self) -> Iterator[None]:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        self.stopped_early = self.control.should_training_stop and self.state.global_step < self.state.max_steps
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.stopped_early or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().train(*args, **kwargs)
+        if self.average is not None:
+            if not self.args.load_best_model_at_end or self.state.best_model_checkpoint is None:
+                self.average.keep()
+            self.average = None  # the model is the average now
+        return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.resume(Path(resume_from_checkpoint))
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with self._averaged():
+            super().save_model(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._averaged():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.speed.add(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if self.divergence is not None and not self.args.fp16:  # its scaler meets infinite gradients and goes on
+            self.divergence.check(float(norm), self.state.global_step + 1, self._get_learning_rate())
+        return norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.speed.pause()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.speed.go_on()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= self.speed.figures(lambda counts: self.accelerator.gather(counts.to(self.args.device)))
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.shows_samples = self.args.predict_with_generate
+        metrics = super().evaluate(*args, **kwargs)
+        self.shows_samples = False
+        if self.is_world_process_zero():
+            folder, step = Path(str(self.args.output_dir)), self.state.global_step
+            self.samples.report(folder, step, self.callback_handler.callbacks)
+        return metrics
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss, outputs, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if self.shows_samples and outputs is not None and labels is not None:
+            self.samples.add(inputs["input_ids"], outputs, labels)
+        return loss, outputs, labels
+
+
+class BatchingTrainer(DurableTrainer):
+    """
+    A trainer that makes its training batches under `args.max_tokens_per_batch`, where that is set, and takes
     them from a stream where `train_dataset` is one.
 
     A subclass, because the Trainer asks no argument for a batch sampler, and Accelerate deals a stream's padded batches
@@ -29,8 +175,6 @@ class BatchingTrainer(Seq2SeqTrainer):
         train_collator: makes the training batches; `data_collator` makes those of evaluation, which are never packed.
         shuffle_buffer: pairs of a stream that are read ahead, to be shuffled and grouped by length.
     """
-
-    args: TrainingArguments
 
     def __init__(self, *args: Any, train_collator: Any, shuffle_buffer: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

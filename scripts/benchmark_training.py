@@ -1,0 +1,536 @@
+"""Training here against HF Marian, BART and T5 of the same size in stock Seq2SeqTrainer.
+
+    python scripts/benchmark_training.py --output scripts/results/training.md
+    python scripts/benchmark_training.py --row speed --row step --turns 3
+    python scripts/benchmark_training.py --row quality --minutes 20 --seeds 3
+
+speed    real target tokens per second of processor time, all sides at the same mean number of real target tokens per
+         update: ours under a token budget, the peers on random batches and on `group_by_length`
+step     forward, loss and backward on one padded batch, as a random batch is
+memory   peak of a whole step (AdamW included) at a vocabulary of 64,000, in a process of its own for each side
+quality  wall time to the validation chrF that the best peer has after so many minutes; learning rate, warm-up and
+         initial weights are searched for every side
+
+The sides take turns; a ratio is that of neighbors, and its median and quartiles are printed. The peers get
+`accepts_loss_kwargs = False`, without which the Trainer would scale their loss twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import transformers
+import typer
+from datasets import Dataset
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+)
+
+from dragoman import preset
+from dragoman.data.batching import TokenBudgetBatches
+from dragoman.data.collators import Seq2SeqCollator, encode_pairs
+from dragoman.data.reading import read_pairs
+from dragoman.data.tokenizers import build_tokenizer
+from dragoman.evaluation.scores import compute_scores
+from dragoman.training.arguments import TrainingArguments
+from dragoman.training.batches import side_lengths
+from dragoman.training.trainer import BatchingTrainer
+from dragoman.training.watching import Samples
+
+
+PEERS = ("marian", "bart", "t5")
+ROWS = ("speed", "step", "memory", "quality")
+IDS: dict[str, Any] = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of every side; what is gated has two thirds of the inner width, so that the parameters are the same in number."""
+
+    d_model: int
+    layers: int
+    vocab_size: int
+
+    @property
+    def heads(self) -> int:
+        return max(self.d_model // 64, 2)
+
+    @property
+    def gated(self) -> int:
+        return round(8 * self.d_model / 3)
+
+
+def model_of(side: str, sizes: Sizes, seed: int = 0, init_std: float | None = None):
+    """Ours or a peer, dropout 0.1, without label smoothing; `init_std` None is the side's own default."""
+    torch.manual_seed(seed)
+    heads, ffn_dim = sizes.heads, 4 * sizes.d_model
+    if side == "ours":
+        config = preset(
+            "modern", vocab_size=sizes.vocab_size, d_model=sizes.d_model, encoder_layers=sizes.layers,
+            decoder_layers=sizes.layers, encoder_attention_heads=heads, decoder_attention_heads=heads,
+            encoder_ffn_dim=sizes.gated, decoder_ffn_dim=sizes.gated, label_smoothing=0.0, init_std=init_std, **IDS,
+        )  # fmt: skip
+        return AutoModelForSeq2SeqLM.from_config(config)
+    if side == "t5":
+        config = transformers.T5Config(
+            vocab_size=sizes.vocab_size, d_model=sizes.d_model, d_kv=sizes.d_model // heads, d_ff=sizes.gated,
+            num_layers=sizes.layers, num_heads=heads, feed_forward_proj="gated-gelu", dropout_rate=0.1,
+            initializer_factor=1.0 if init_std is None else init_std, **IDS,
+        )  # fmt: skip
+        peer_class = transformers.T5ForConditionalGeneration
+    else:
+        config_class, peer_class = {
+            "marian": (transformers.MarianConfig, transformers.MarianMTModel),
+            "bart": (transformers.BartConfig, transformers.BartForConditionalGeneration),
+        }[side]
+        config = config_class(
+            vocab_size=sizes.vocab_size, d_model=sizes.d_model, encoder_layers=sizes.layers,
+            decoder_layers=sizes.layers, encoder_attention_heads=heads, decoder_attention_heads=heads,
+            encoder_ffn_dim=ffn_dim, decoder_ffn_dim=ffn_dim, max_position_embeddings=256, dropout=0.1,
+            init_std=0.02 if init_std is None else init_std, forced_eos_token_id=None,
+            **({"scale_embedding": True} if side == "marian" else {}), **IDS,
+        )  # fmt: skip
+    peer = type(peer_class.__name__, (peer_class,), {"accepts_loss_kwargs": False})(config)
+    peer.generation_config.forced_eos_token_id = None
+    return peer
+
+
+@dataclass
+class Data:
+    encoded: Dataset
+    tokenizer: Any
+    budget: int
+    batch_size: int
+    mean_tokens: float  # real target tokens of an update
+
+
+def read_data(path: Path, pairs: int, longest: int, vocab_size: int, batch_size: int) -> Data:
+    rows = read_pairs(str(path))
+    rows = rows.shuffle(seed=1).select(range(min(pairs, len(rows))))
+    tokenizer = build_tokenizer(rows, kind="bpe", vocab_size=vocab_size)
+    limits: dict[str, Any] = {"max_source_length": longest, "max_target_length": longest, "overlong": "drop"}
+    encoded, _ = encode_pairs(rows, tokenizer, option_prefix=None, **limits)
+    sources, targets = side_lengths(encoded)
+    mean_tokens = batch_size * float(targets.mean())
+    low, high = int((sources + targets).max()), int((sources + targets).sum())
+    while high - low > 1:  # the more tokens a batch may have, the more real ones it has
+        middle = (low + high) // 2
+        fewer = targets.sum() / len(TokenBudgetBatches(sources, targets, middle)) < mean_tokens
+        low, high = (middle, high) if fewer else (low, middle)
+    return Data(encoded, tokenizer, high, batch_size, mean_tokens)
+
+
+def padding_of(batches: list[list[int]], lengths: tuple[np.ndarray, np.ndarray]) -> float:
+    """Share of padding of both sides."""
+    real = padded = 0
+    for batch in batches:
+        for side in lengths:
+            real, padded = real + int(side[batch].sum()), padded + len(batch) * int(side[batch].max())
+    return 1 - real / padded
+
+
+class Clock(TrainerCallback):
+    """Processor time of the steps after the first few."""
+
+    def __init__(self) -> None:
+        self.begin = self.seconds = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == WARM_UP_STEPS:
+            self.begin = time.process_time()
+        self.seconds = time.process_time() - self.begin
+
+
+class CountingTrainer(Seq2SeqTrainer):
+    """The stock trainer; it counts the real target tokens of the steps that are timed."""
+
+    tokens = 0
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step >= WARM_UP_STEPS:
+            self.tokens += int((inputs["labels"] != -100).sum())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class OurTrainer(CountingTrainer, BatchingTrainer):
+    """Ours, counting too."""
+
+
+def trainer_of(side: str, model: Any, data: Data, folder: Path, sampling: str, **settings: Any) -> CountingTrainer:
+    common: dict[str, Any] = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+        "eval_strategy": "no", "logging_steps": 1_000_000, "learning_rate": 1e-4, "adam_beta2": 0.98,
+        "weight_decay": 0.01, **settings,
+    }  # fmt: skip
+    if side == "ours":
+        arguments = TrainingArguments(
+            max_tokens_per_batch=data.budget, load_best_model_at_end=False, metric_for_best_model=None, **common
+        )
+        collator = Seq2SeqCollator(data.tokenizer, model=model)
+        return OurTrainer(
+            model=model, args=arguments, train_dataset=data.encoded, processing_class=data.tokenizer,
+            data_collator=collator, train_collator=collator, shuffle_buffer=1,
+            complete_checkpoint=lambda folder, state: None, samples=Samples(data.tokenizer, print, 0),
+        )  # fmt: skip
+    arguments = Seq2SeqTrainingArguments(
+        per_device_train_batch_size=data.batch_size, train_sampling_strategy=sampling, **common
+    )
+    collator = DataCollatorForSeq2Seq(data.tokenizer, model=model)
+    return CountingTrainer(
+        model=model, args=arguments, train_dataset=data.encoded, data_collator=collator,
+        processing_class=data.tokenizer,
+    )  # fmt: skip
+
+
+def grouped_order(data: Data, sources: np.ndarray, seed: int) -> list[list[int]]:
+    """The batches of `train_sampling_strategy="group_by_length"`, all of one epoch."""
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    generator = torch.Generator().manual_seed(seed)
+    order = list(LengthGroupedSampler(data.batch_size, lengths=sources.tolist(), generator=generator))
+    return [order[begin : begin + data.batch_size] for begin in range(0, len(order), data.batch_size)]
+
+
+def timed_steps(side: str, sampling: str, model: Any, data: Data, folder: Path, steps: int, seed: int) -> float:
+    """Real target tokens per second of processor time, over `steps` updates through the Trainer."""
+    if sampling == "group_by_length":  # of its batches any few, in any order: the first ones are the longest
+        chosen = grouped_order(data, side_lengths(data.encoded)[0], seed)
+        np.random.default_rng(seed).shuffle(chosen)
+        rows = data.encoded.select([row for batch in chosen[: steps + WARM_UP_STEPS] for row in batch])
+        data = Data(rows, data.tokenizer, data.budget, data.batch_size, data.mean_tokens)
+        sampling = "sequential"
+    clock = Clock()
+    trainer = trainer_of(side, model, data, folder, sampling, max_steps=steps + WARM_UP_STEPS, seed=seed)
+    trainer.add_callback(clock)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer.tokens / clock.seconds
+
+
+def take_turns(sides: dict[str, Callable[[int], float]], turns: int) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(turns):
+        for name in reversed(sides) if turn % 2 else sides:
+            found[name].append(sides[name](turn))
+    return found
+
+
+def spread(ratios: list[float]) -> str:
+    if len(ratios) < 2:
+        return f"**{ratios[0]:.2f}**"
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return f"**{statistics.median(ratios):.2f}** ({low:.2f} - {high:.2f})"
+
+
+def speed_rows(sizes: Sizes, data: Data, steps: int, turns: int) -> Iterator[str]:
+    lengths = side_lengths(data.encoded)
+    order = np.random.default_rng(0).permutation(len(data.encoded)).tolist()
+    batches = {
+        "token budget": TokenBudgetBatches(*lengths, data.budget).shuffled(0, 0),
+        "random": [order[begin : begin + data.batch_size] for begin in range(0, len(order), data.batch_size)],
+        "group_by_length": grouped_order(data, lengths[0], 0),
+    }
+    models = {side: model_of(side, sizes) for side in ("ours", *PEERS)}
+    works = {"ours, token budget": ("ours", "token budget")}
+    works |= {f"{peer}, {sampling}": (peer, sampling) for sampling in list(batches)[1:] for peer in PEERS}
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {
+            name: lambda turn, side=side, sampling=sampling: timed_steps(
+                side, sampling, models[side], data, Path(folder), steps, turn
+            )
+            for name, (side, sampling) in works.items()
+        }
+        found = take_turns(sides, turns)
+    yield (
+        f"\n## Real target tokens per second of processor time\n\n{len(data.encoded):,} pairs of at most "
+        f"{lengths[0].max()} and {lengths[1].max()} tokens; {data.mean_tokens:.0f} real target tokens an update on "
+        f"average ({data.batch_size} pairs; {data.budget} tokens); {turns} turns of {steps} updates.\n\n"
+        "| side | parameters | target tokens an update | padding, both sides | real target tokens/s | ours / peer |\n"
+        "|---|--:|--:|--:|--:|--:|"
+    )
+    ours = found["ours, token budget"]
+    for name, (side, sampling) in works.items():
+        ratio = "" if side == "ours" else spread([a / b for a, b in zip(ours, found[name], strict=True)])
+        parameters, tokens = models[side].num_parameters(only_trainable=True), lengths[1].sum()
+        yield (
+            f"| {name} | {parameters:,} | {tokens / len(batches[sampling]):.0f} "
+            f"| {padding_of(batches[sampling], lengths):.1%} | {statistics.median(found[name]):.0f} | {ratio} |"
+        )
+    for sampling in list(batches)[1:]:
+        best = max(PEERS, key=lambda peer: statistics.median(found[f"{peer}, {sampling}"]))
+        ratio = spread([a / b for a, b in zip(ours, found[f"{best}, {sampling}"], strict=True)])
+        yield f"\nAgainst the fastest peer on {sampling} ({best}): {ratio}."
+
+
+def loss_of(side: str, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """As the Trainer calls each."""
+    count = {"num_items_in_batch": (batch["labels"] != -100).sum()} if side == "ours" else {}
+    return model(**batch, **count).loss
+
+
+def step_rows(sizes: Sizes, data: Data, turns: int) -> Iterator[str]:
+    models = {side: model_of(side, sizes).train() for side in ("ours", *PEERS)}
+    order = np.random.default_rng(3).permutation(len(data.encoded))[: data.batch_size].tolist()
+    rows = [data.encoded[number] for number in order]
+    batches = {side: DataCollatorForSeq2Seq(data.tokenizer, model=model)(rows) for side, model in models.items()}
+
+    def step(side: str) -> float:
+        begin = time.process_time()
+        models[side].zero_grad()
+        loss_of(side, models[side], batches[side]).backward()
+        return time.process_time() - begin
+
+    sides = {side: lambda turn, side=side: step(side) for side in models}
+    take_turns(sides, 2)
+    found = take_turns(sides, turns)
+    labels, inputs = batches["ours"]["labels"], batches["ours"]["input_ids"]
+    real = (int((labels != -100).sum()) + int(batches["ours"]["attention_mask"].sum())) / (
+        labels.numel() + inputs.numel()
+    )
+    yield (
+        f"\n## Bare step\n\nForward, loss and backward on one padded batch of {tuple(inputs.shape)} source and "
+        f"{tuple(labels.shape)} target tokens, {1 - real:.0%} of them padding; {turns} turns.\n\n"
+        "| side | ms of processor time | peer / ours |\n|---|--:|--:|"
+    )
+    for side, seconds in found.items():
+        ratio = "" if side == "ours" else spread([a / b for a, b in zip(seconds, found["ours"], strict=True)])
+        yield f"| {side} | {1000 * statistics.median(seconds):.0f} | {ratio} |"
+    best = min(PEERS, key=lambda peer: statistics.median(found[peer]))
+    ratio = spread([a / b for a, b in zip(found[best], found["ours"], strict=True)])
+    yield f"\nAgainst the fastest peer ({best}): {ratio}."
+
+
+MEMORY_SIZES = Sizes(d_model=256, layers=2, vocab_size=64_000)
+MEMORY_BATCH = (32, 48)
+
+
+def measure_memory(side: str) -> None:
+    """Prints the MB that a step adds to a process that holds the model. Linux counts the peak anew when asked to."""
+    model = model_of(side, MEMORY_SIZES).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.randint(3, MEMORY_SIZES.vocab_size, MEMORY_BATCH)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    small = {name: part[:1, :2] for name, part in batch.items()}
+    with torch.no_grad():
+        loss_of(side, model, small)  # what is allocated once
+
+    def megabytes(field: str) -> float:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
+
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = megabytes("VmRSS")
+    loss_of(side, model, batch).backward()
+    backward = megabytes("VmHWM") - before
+    optimizer.step()
+    print(backward, megabytes("VmHWM") - before, model.num_parameters(only_trainable=True))
+
+
+def memory_rows() -> Iterator[str]:
+    rows, length = MEMORY_BATCH
+    yield (
+        f"\n## Peak memory of a step at a vocabulary of {MEMORY_SIZES.vocab_size:,}\n\nBeyond the loaded model; batch "
+        f"of {rows} x {length} source and as many target tokens, d={MEMORY_SIZES.d_model}, {MEMORY_SIZES.layers}+"
+        f"{MEMORY_SIZES.layers} layers; a process for each side.\n\n"
+        "| side | parameters | MB, forward and backward | MB, with AdamW | ours / peer |\n|---|--:|--:|--:|--:|"
+    )
+    ours = 0.0
+    for side in ("ours", *PEERS):
+        command = [sys.executable, __file__, "--memory-of", side]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-3:]
+        backward, whole, parameters = float(printed[0]), float(printed[1]), int(printed[2])
+        ours = ours or whole
+        ratio = "" if side == "ours" else f"**{ours / whole:.2f}**"
+        yield f"| {side} | {parameters:,} | {backward:.0f} | {whole:.0f} | {ratio} |"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is searched: `init_std` None is the side's default; the other is fan-in ** -0.5 for all."""
+
+    learning_rate: float
+    warmup_steps: int
+    init_std: float | None
+
+
+class Quality(TrainerCallback):
+    """Validation chrF, greedy, every so often; its time does not count. Ends the run after so many seconds."""
+
+    def __init__(self, model: Any, data: Data, pairs: list[dict[str, str]], seconds: float, checks: int) -> None:
+        self.model, self.data, self.pairs = model, data, pairs
+        self.seconds, self.every = seconds, seconds / checks
+        self.curve: list[tuple[float, float]] = []
+        self.spent = 0.0
+        self.since = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.spent += time.perf_counter() - self.since
+        if self.spent >= self.every * (len(self.curve) + 1):
+            self.curve.append((self.spent, self.score()))
+        control.should_training_stop = self.spent >= self.seconds
+        self.since = time.perf_counter()
+
+    @torch.no_grad()
+    def score(self) -> float:
+        self.model.eval()
+        tokenizer, texts = self.data.tokenizer, []
+        for begin in range(0, len(self.pairs), 50):
+            sources = [pair["source"] for pair in self.pairs[begin : begin + 50]]
+            batch = tokenizer(sources, padding=True, truncation=True, max_length=128, return_tensors="pt")
+            ids = self.model.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=80, num_beams=1,
+                do_sample=False,
+            )  # fmt: skip
+            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        self.model.train()
+        return compute_scores(texts, [pair["target"] for pair in self.pairs], ["chrf"])["chrf"]["chrf"]
+
+
+def learn(
+    side: str,
+    recipe: Recipe,
+    sizes: Sizes,
+    data: Data,
+    pairs: list[dict[str, str]],
+    seconds: float,
+    seed: int,
+    checks: int,
+) -> list[tuple[float, float]]:
+    """The curve of (seconds of training, chrF). The rate falls as 1 / sqrt(step), so that no length has to be known."""
+    model = model_of(side, sizes, seed, recipe.init_std)
+    quality = Quality(model, data, pairs, seconds, checks)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(
+            side, model, data, Path(folder), "group_by_length", max_steps=1_000_000, seed=seed,
+            learning_rate=recipe.learning_rate, warmup_steps=recipe.warmup_steps, lr_scheduler_type="inverse_sqrt",
+        )  # fmt: skip
+        trainer.add_callback(quality)
+        trainer.remove_callback(PrinterCallback)
+        quality.since = time.perf_counter()
+        trainer.train()
+    return quality.curve
+
+
+def quality_rows(
+    sizes: Sizes, data: Data, validation: Path, minutes: float, search_minutes: float, seeds: int, sentences: int
+) -> Iterator[str]:
+    pairs = [dict(pair) for pair in read_pairs(str(validation)).select(range(sentences))]
+    grid = [
+        Recipe(rate, warm_up, init)
+        for rate, warm_up, init in itertools.product((5e-4, 1e-3, 2e-3), (100, 400), (None, sizes.d_model**-0.5))
+    ]
+    yield (
+        f"\n## Time to quality\n\nchrF of {sentences} validation sentences, greedy; scoring takes no time here. "
+        f"Search: {search_minutes:g} minutes for each recipe, one seed.\n\n"
+        "| side | learning rate | warm-up | initial std | chrF |\n|---|--:|--:|---|--:|"
+    )
+    chosen: dict[str, Recipe] = {}
+    for side in ("ours", *PEERS):
+        scores: dict[Recipe, float] = {}
+        for recipe in grid:
+            if recipe.init_std is not None and side in ("ours", "t5"):
+                continue  # theirs scale with the width already
+            scores[recipe] = learn(side, recipe, sizes, data, pairs, 60 * search_minutes, 0, 1)[-1][1]
+            init = "default" if recipe.init_std is None else f"{recipe.init_std:.3f}"
+            yield f"| {side} | {recipe.learning_rate:g} | {recipe.warmup_steps} | {init} | {scores[recipe]:.2f} |"
+        chosen[side] = max(scores, key=scores.__getitem__)
+    checks = max(math.ceil(minutes), 4)
+    curves = {
+        side: [
+            learn(side, chosen[side], sizes, data, pairs, 60 * minutes, seed, checks) for seed in range(1, seeds + 1)
+        ]
+        for side in chosen
+    }
+    ends = {side: statistics.median(curve[-1][1] for curve in curves[side]) for side in curves}
+    best = max(PEERS, key=lambda peer: ends[peer])
+    yield (
+        f"\nThe best recipe of each, {minutes:g} minutes, {seeds} seeds:\n\n"
+        f"| side | chrF at the end, median | minutes to {ends[best]:.2f} (median) |\n|---|--:|--:|"
+    )
+    times: dict[str, float] = {}
+    for side, of_seeds in curves.items():
+        reached = [
+            next((seconds for seconds, score in curve if score >= ends[best]), math.inf) / 60 for curve in of_seeds
+        ]
+        times[side] = statistics.median(reached)
+        yield f"| {side} | {ends[side]:.2f} | {'not reached' if times[side] == math.inf else f'{times[side]:.1f}'} |"
+    ratio = "not reached" if times["ours"] == math.inf else f"**{times['ours'] / minutes:.2f}** of its time"
+    yield f"\nTo what the best peer ({best}) has after {minutes:g} minutes, ours takes {ratio}."
+
+
+def main(
+    row: Annotated[list[str] | None, typer.Option(help="speed, step, memory, quality; repeat for more.")] = None,
+    data: Annotated[Path, typer.Option(help="Training pairs.")] = Path("data/ddtp_en_it/train.jsonl.gz"),
+    validation: Annotated[Path, typer.Option(help="For quality.")] = Path("data/ddtp_en_it/validation.jsonl.gz"),
+    pairs: Annotated[int, typer.Option(help="Of the training pairs.")] = 20_000,
+    longest: Annotated[int, typer.Option(help="Tokens; longer pairs are left out.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Pairs of an update of the peers.")] = 32,
+    d_model: int = 256,
+    layers: Annotated[int, typer.Option(help="Of each stack.")] = 3,
+    vocab_size: int = 8000,
+    steps: Annotated[int, typer.Option(help="Timed updates of a turn, for speed.")] = 8,
+    turns: int = 5,
+    minutes: Annotated[float, typer.Option(help="Of each training, for quality.")] = 20,
+    search_minutes: Annotated[float, typer.Option(help="Of each recipe of its search.")] = 2,
+    seeds: Annotated[int, typer.Option(help="For quality.")] = 3,
+    sentences: Annotated[int, typer.Option(help="Validation sentences, for quality.")] = 200,
+    threads: int = 1,
+    output: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
+    memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    if memory_of is not None:
+        measure_memory(memory_of)
+        return
+    chosen = row or list(ROWS[:3])
+    for name in chosen:
+        if name not in ROWS:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(ROWS)}", param_hint="--row")
+    sizes = Sizes(d_model, layers, vocab_size)
+    lines = [
+        f"torch {torch.__version__}, transformers {transformers.__version__}, fp32, {threads} threads; d={d_model}, "
+        f"{layers}+{layers} layers, vocabulary {vocab_size}, dropout 0.1, AdamW.",
+        f"`python scripts/benchmark_training.py {' '.join(sys.argv[1:])}`",
+    ]
+    print(*lines, sep="\n", flush=True)
+    made: list[Iterator[str]] = []
+    if set(chosen) != {"memory"}:
+        read = read_data(data, pairs, longest, vocab_size, batch_size)
+        if "speed" in chosen:
+            made.append(speed_rows(sizes, read, steps, turns))
+        if "step" in chosen:
+            made.append(step_rows(sizes, read, 2 * turns))
+    if "memory" in chosen:
+        made.append(memory_rows())
+    if "quality" in chosen:
+        made.append(quality_rows(sizes, read, validation, minutes, search_minutes, seeds, sentences))
+    for line in itertools.chain(*made):
+        lines.append(line)
+        print(line, flush=True)
+    if output is not None:
+        output.write_text("\n".join(["# Training\n", *lines, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

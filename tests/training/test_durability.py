@@ -1,0 +1,251 @@
+"""Killed at any moment, a run goes on from its last complete checkpoint to the weights of an uninterrupted one."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import dragoman.cli
+from dragoman.training import run
+from dragoman.training.arguments import load_experiment
+from dragoman.training.checkpoints import complete_checkpoints, unfinished_checkpoints
+from dragoman.training.run import last_complete_checkpoint, train
+from dragoman.training.trainer import DurableTrainer
+from training.experiments import write_experiment
+from training.test_run import assert_equal_weights
+
+
+WITHOUT_TEST = {"test": None}
+# 23 pairs are 6 steps an epoch; the last step is in the middle of the second.
+BY_EPOCH = {"max_steps": 9, "eval_strategy": "epoch", "save_strategy": "epoch", "ema_decay": 0.8}
+BY_STEPS = {"max_steps": 9, "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 3}
+BY_STEPS |= {"load_best_model_at_end": False, "logging_steps": 1}
+
+
+def tiny(folder: Path, **training):
+    folder.mkdir(exist_ok=True)
+    path = write_experiment(folder, training=training)
+    path.write_text(path.read_text().replace(f"  test: {folder}/test.jsonl\n", ""))
+    return load_experiment(path)
+
+
+def in_step(monkeypatch, step: int, action) -> None:
+    """Do something in a training step, before its forward pass."""
+    original = DurableTrainer.training_step
+
+    def acting(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            action()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DurableTrainer, "training_step", acting)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the package catches it."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+@pytest.fixture(scope="module", params=["epoch", "steps"])
+def whole(request, tmp_path_factory):
+    settings = {"epoch": BY_EPOCH, "steps": BY_STEPS}[request.param]
+    return settings, train(tiny(tmp_path_factory.mktemp("whole"), **settings))
+
+
+def assert_same_end(resumed: Path, whole: Path) -> None:
+    assert_equal_weights(resumed, whole)
+    last = "checkpoint-9"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        one, other = (torch.load(folder / last / name) for folder in (resumed, whole))
+        assert str(one) == str(other), name
+    logs = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (resumed, whole)]
+    scores = [[(log["step"], log["eval_loss"], log["eval_chrf"]) for log in one if "eval_loss" in log] for one in logs]
+    assert scores[0] == scores[1]  # no evaluation is missing, and each saw the same weights
+
+
+@pytest.mark.parametrize("step", [6, 9])
+def test_sigterm_saves_and_stops(tmp_path, monkeypatch, whole, step):
+    """Also in the last step of an epoch, whose evaluation comes after it, and in the last one of all."""
+    settings, uninterrupted = whole
+    with monkeypatch.context() as patch:
+        in_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt, match="stopped and saved after step"):
+            train(tiny(tmp_path, **settings))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert last_complete_checkpoint(tmp_path / "run").name == f"checkpoint-{step}"
+    assert_same_end(train(tiny(tmp_path, **settings), resume=True), uninterrupted)
+
+
+def test_a_kill_while_a_checkpoint_is_written(tmp_path, monkeypatch, whole, capsys):
+    """Whether it happens after the weights or after all but the marker."""
+    settings, uninterrupted = whole
+    for method in ("save_model", "complete_checkpoint"):
+        with monkeypatch.context() as patch:
+            if method == "complete_checkpoint":
+                patch.setattr(run, "_mark_complete", lambda *args: kill())
+            else:
+                original = getattr(DurableTrainer, method)
+
+                def dying(self, *args, original=original, **kwargs):
+                    original(self, *args, **kwargs)
+                    if self.state.global_step >= 6:
+                        kill()
+
+                patch.setattr(DurableTrainer, method, dying)
+            with pytest.raises(Killed):
+                train(tiny(tmp_path, **settings), resume=method != "save_model")
+        (unfinished,) = unfinished_checkpoints(tmp_path / "run")
+    capsys.readouterr()
+    output = train(tiny(tmp_path, **settings), resume=True)
+    assert f"{unfinished} is skipped: the run ended before it was complete" in capsys.readouterr().out
+    assert_same_end(output, uninterrupted)
+    assert unfinished_checkpoints(output) == []
+
+
+def test_a_kill_after_the_last_step(tmp_path, monkeypatch, whole):
+    """Nothing is trained any more, though the epoch would have batches left."""
+    _, uninterrupted = whole
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    for name in ("complete.json", "model.safetensors", "trainer_state.json"):
+        (tmp_path / "run" / name).unlink()
+    state = tmp_path / "run" / "checkpoint-9" / "trainer_state.json"
+    state.write_text(state.read_text().replace(str(uninterrupted), str(tmp_path / "run")))
+    in_step(monkeypatch, 10, kill)
+    experiment = load_experiment(uninterrupted / "experiment.yaml", [f"training.output_dir={tmp_path / 'run'}"])
+    assert_same_end(train(experiment, resume=True), uninterrupted)
+
+
+def test_a_kill_after_early_stopping(tmp_path, monkeypatch):
+    settings = {"learning_rate": 0.0, "early_stopping_patience": 1, "max_steps": 30, "save_steps": 2, "eval_steps": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_card", lambda *args, **kwargs: kill())
+        with pytest.raises(Killed):
+            train(tiny(tmp_path, **settings))
+    state = json.loads((train(tiny(tmp_path, **settings), resume=True) / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+
+
+def test_the_old_checkpoint_goes_when_the_new_one_is_complete(tmp_path, monkeypatch):
+    settings = {"save_total_limit": 1, "eval_strategy": "no", "load_best_model_at_end": False}
+    with monkeypatch.context() as patch:
+        mark = run._mark_complete
+
+        def dying(experiment, folder, state):
+            if state.global_step == 4:
+                kill()
+            mark(experiment, folder, state)
+
+        patch.setattr(run, "_mark_complete", dying)
+        with pytest.raises(Killed):
+            train(tiny(tmp_path, **settings))
+    assert last_complete_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    output = train(tiny(tmp_path, **settings), resume=True)
+    assert [folder.name for folder in complete_checkpoints(output)] == ["checkpoint-6"]
+
+
+def test_the_average_is_saved_and_the_optimizer_goes_on_from_the_weights(tmp_path):
+    output = train(tiny(tmp_path, **BY_STEPS | {"ema_decay": 0.9, "eval_strategy": "no"}))
+    average = None
+    for step in (3, 6, 9):
+        saved = load_file(output / f"checkpoint-{step}" / "model.safetensors")
+        current = load_file(output / f"checkpoint-{step}" / "current_weights.safetensors")
+        assert saved.keys() == current.keys()
+        assert not any(torch.equal(saved[name], current[name]) for name in saved if "k_proj" not in name)
+        average = saved
+    for name, weight in load_file(output / "model.safetensors").items():
+        assert torch.equal(weight, average[name]), name
+
+
+def test_the_average_follows_the_formula(tmp_path):
+    settings = BY_STEPS | {"ema_decay": 0.25, "save_steps": 1, "max_steps": 3, "eval_strategy": "no"}
+    output = train(tiny(tmp_path, **settings))
+    folders = complete_checkpoints(output)
+    weights = [load_file(folder / "current_weights.safetensors") for folder in folders]
+    averages = [load_file(folder / "model.safetensors") for folder in folders]
+    for step in (2, 3):
+        decay = min(0.25, (1 + step) / (10 + step))
+        for name, average in averages[step - 1].items():
+            expected = decay * averages[step - 2][name] + (1 - decay) * weights[step - 1][name]
+            torch.testing.assert_close(average, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_experiment_cannot_resume_with_another_average(tmp_path):
+    train(tiny(tmp_path, max_steps=2))
+    with pytest.raises(ValueError, match=r"was started with another training\.ema_decay"):
+        train(tiny(tmp_path, max_steps=2, ema_decay=0.9), resume=True)
+
+
+def test_overwriting_can_be_killed_too(tmp_path, monkeypatch):
+    train(tiny(tmp_path, max_steps=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: kill())
+        with pytest.raises(Killed):
+            train(tiny(tmp_path, max_steps=2), overwrite=True)
+    assert last_complete_checkpoint(tmp_path / "run") is None
+    assert (train(tiny(tmp_path, max_steps=2), resume=True) / "complete.json").is_file()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder, and a function that gives it so many bytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def resize(size: int, *options: str) -> int:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "tmpfs", disk]
+        return subprocess.run(command, check=False, capture_output=True).returncode
+
+    if resize(1 << 12):
+        pytest.skip("this user may not mount a file system")
+    yield disk, resize
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_disk_that_fills_up(tmp_path, small_disk):
+    """One sentence and exit status 2; the checkpoints before are whole, and with room the run ends as ever."""
+    disk, resize = small_disk
+    settings = {"eval_strategy": "no", "load_best_model_at_end": False}
+    path = write_experiment(tmp_path, training=settings)
+    free = train(load_experiment(path))
+    size = sum(file.stat().st_size for file in (free / "checkpoint-6").iterdir())
+    resize(int(2.5 * size), "remount")
+    result = CliRunner().invoke(dragoman.cli.app, ["train", str(path), f"training.output_dir={disk}/run"])
+    assert result.exit_code == 2
+    sentence = f"dragoman train: the disk of {disk}/run is full; make room and go on with --resume"
+    assert result.stderr.splitlines()[-1] == sentence
+    assert [folder.name for folder in complete_checkpoints(disk / "run")] == ["checkpoint-2", "checkpoint-4"]
+    for folder in complete_checkpoints(disk / "run"):
+        assert_equal_weights(folder, free / folder.name)
+    resize(20 * size, "remount")
+    assert_equal_weights(train(load_experiment(path, [f"training.output_dir={disk}/run"]), resume=True), free)
+
+
+@pytest.mark.parametrize("moment", ["weights", "marker"])
+def test_a_full_disk_leaves_older_checkpoints(tmp_path, monkeypatch, moment):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    owner, name = {
+        "weights": (DurableTrainer, "save_model"),
+        "marker": (run, "_mark_complete"),
+    }[moment]
+    original = getattr(owner, name)
+
+    def failing(*args, **kwargs):
+        (full if complete_checkpoints(tmp_path / "run") else original)(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+    with pytest.raises(OSError, match=r"the disk of .*run is full; make room and go on with --resume"):
+        train(tiny(tmp_path))
+    assert last_complete_checkpoint(tmp_path / "run").name == "checkpoint-2"
