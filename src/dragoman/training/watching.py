@@ -200,7 +200,7 @@ def plot_run(log_history: Sequence[dict[str, float]], path: Path) -> None:
             axis.plot(at, values, label=label or None, linewidth=1.5, marker="." if len(at) < 40 else None)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which="both", labelsize=8)
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         if logarithmic:
