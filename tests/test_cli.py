@@ -71,6 +71,7 @@ def test_train_twice_needs_a_decision(tmp_path, model):
     [
         (["train", "nowhere.yaml"], "dragoman train: nowhere.yaml does not exist in "),
         (["train", "configs/quikstart.yaml"], "; did you mean configs/quickstart.yaml?\n"),
+        (["train", "config/quickstart.yml"], "there is no folder config; did you mean configs/quickstart.yaml?\n"),
         (["train", "configs"], "dragoman train: configs is a folder: give the YAML file of an experiment\n"),
         (
             ["train", "x.yaml", "--resum"],
@@ -136,6 +137,22 @@ def test_generate_forced_words(model):
     for line in (first, last):
         assert words[0] in line.split()
         assert {words[1], words[2]} & set(line.split())
+
+
+def test_a_pipe_is_answered_while_it_is_written(model):
+    """Memory holds a window of lines, whatever their number: an endless pipe has its first answers at once."""
+    command = [sys.executable, "-m", "dragoman", "generate", str(model), "--window", "5", "--max-new-tokens", "3"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=buffered) as process:
+        process.stdin.write("uno\n" * 20)
+        process.stdin.flush()
+        answers = [process.stdout.readline() for _ in range(15)]  # the pipe stays open
+        process.stdin.write("\n")
+        process.stdin.close()
+        answers += process.stdout.readlines()
+    assert process.returncode == 0
+    assert answers == [answers[0]] * 20 + ["\n"]
+    assert answers[0] != "\n"
 
 
 def test_sampling_repeats_with_a_seed(model):
@@ -219,6 +236,8 @@ def test_score_gives_a_table_that_is_pairs_again(model, tmp_path):
         assert (row["source"], row["target"]) == (source, target)
         assert float(row["score"]) == pytest.approx(one.score, abs=1e-4)
         assert float(row["log_probability"]) == pytest.approx(one.log_probability, abs=1e-4)
+    without = dragoman_command("score", model, data, "--batch-size", "2", "--length-penalty", "0.5", "--no-header")
+    assert without.stdout.splitlines() == result.stdout.splitlines()[1:]
     result = dragoman_command("score", model, data, "--jsonl")
     (_, second, _) = map(json.loads, result.stdout.splitlines())
     assert second["tokens"] == ["sei", "sei", "sei", "</s>"]
@@ -281,7 +300,7 @@ def test_completion_for_the_shell(shell):
 
 
 def test_evaluate_a_name_on_the_hub(model, tmp_path, monkeypatch):
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, revision, allow_patterns):
         assert name == "org/name"
         return model
 
@@ -333,3 +352,10 @@ def test_a_reader_that_leaves_is_no_error(model):
     assert result.stdout.count("\n") == 1
     assert "Error" not in result.stderr
     assert "Broken pipe" not in result.stderr
+
+
+def test_attention_says_what_it_wrote(model, tmp_path):
+    paths = [tmp_path / name for name in ("map.html", "map.npy")]
+    result = dragoman_command("attention", model, "uno due", "--out", paths[0], "--out", paths[1])
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.splitlines() == [f"The map is in {paths[0]}", f"The weights are in {paths[1]}"]

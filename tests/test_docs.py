@@ -87,7 +87,7 @@ def test_fine_tuning(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_several_processes(tmp_path):
     """Two of them, each with half the batch, end with the weights of one."""
-    on_gpus, on_cpus = (block.strip() for _, block in blocks("multi_gpu.md"))
+    on_gpus, on_cpus, decoding = (block.strip() for _, block in blocks("multi_gpu.md"))
     assert on_gpus.replace("training.bf16=true", "training.use_cpu=true") == on_cpus
     assert (ROOT / "configs" / "quickstart.yaml").is_file()
     # Two steps, because the last one of a pass has fewer pairs than two processes share out.
@@ -109,6 +109,19 @@ def test_several_processes(tmp_path):
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-5)
     assert (alone / "test_results.json").read_text() == (together / "test_results.json").read_text()
+
+    lines = "".join(f"{word} {WORDS[0]}\n" for word in WORDS)  # seven
+    expected = CliRunner().invoke(dragoman.cli.app, ["generate", str(alone), "--batch-size", "2"], input=lines)
+    command = decoding.replace(
+        "accelerate launch", f"{sys.executable} -m accelerate.commands.launch --main_process_port 0"
+    ).replace("runs/quickstart", f"{alone} --batch-size 2")
+    (tmp_path / "lines.txt").write_text(lines)
+    process = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout == expected.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -92,7 +92,7 @@ def test_commands_run(home, command, tmp_path):
     if command.startswith("dragoman attention"):
         assert "looked at" in output
         assert [name for name in re.findall(r"--out (\S+)", command) if not (home / name).is_file()] == []
-    if command.startswith("dragoman generate"):
+    if command.startswith("dragoman generate") and ">" not in command.split("<")[-1]:
         number = int(re.search(r"--nbest (\d+)", command)[1]) if "--nbest" in command else 1
         assert len(output.splitlines()) == 3 * number
     if command.startswith("dragoman evaluate"):

@@ -23,6 +23,14 @@ ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 
 
+Model = Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")]
+Models = Annotated[list[str], typer.Argument(help="Folders of trained models, or their names on the Hub.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.", show_default="its main branch")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
+
+
 class _Commands(TyperGroup):
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _one_sentence_for_errors(lambda: "dragoman"):
@@ -42,14 +50,19 @@ def _one_sentence_for_errors(command: Callable[[], str]) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(141) from error
     except UsageError as error:
-        print(f"{command()}: {_usage_message(error)}", file=sys.stderr)
+        _complain(f"{command()}: {_usage_message(error)}")
         raise typer.Exit(2) from error
     except (ValueError, OSError) as error:
-        print(f"{command()}: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(f"{command()}: {' '.join(str(error).split())}")
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         print(f"{command()}: {str(error) or 'interrupted'}", file=sys.stderr)
         raise typer.Exit(130) from error
+
+
+def _complain(sentence: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once, of all processes that a launcher started on this machine
+        print(sentence, file=sys.stderr)
 
 
 def _usage_message(error: Any) -> str:
@@ -156,15 +169,22 @@ Examples:
   dragoman generate runs/quickstart --penalty-alpha 0.6 --top-k 4 < lines.txt
   dragoman generate runs/quickstart --num-beams 6 --num-beam-groups 3 --diversity-penalty 0.5 --nbest 3 < lines.txt
   dragoman generate runs/quickstart --num-beams 6 --force-word "file|documento" < lines.txt
-  dragoman generate runs/quickstart --compare < lines.txt""",
+  dragoman generate runs/quickstart --compare < lines.txt
+
+\b
+In several processes or on several GPUs, with the same arguments:
+  accelerate launch --multi_gpu -m dragoman generate runs/quickstart < lines.txt""",
 )
 def generate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
+    model: Model,
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences decoded together.")] = 32,
     max_tokens_per_batch: Annotated[
         int | None, typer.Option(min=1, help="Instead: source tokens of a batch, padding included.", show_default=False)
     ] = None,
+    window: Annotated[
+        int, typer.Option(min=1, help="Lines read ahead and sorted by length; at a keyboard, one.")
+    ] = 2048,
     nbest: Annotated[
         int, typer.Option("--nbest", "--num-return-sequences", min=1, help="Outputs a line, each after its number.")
     ] = 1,
@@ -173,7 +193,8 @@ def generate(
         list[str] | None,
         typer.Option(help="Word or phrase of every output, A|B for either; repeat for more.", show_default=False),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+    revision: Revision = None,
+    device: Device = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     source_lang: Annotated[str | None, typer.Option(help="Code of a model with many languages: it, ita_Latn.")] = None,
     target_lang: Annotated[str | None, typer.Option(help="The same for the output.")] = None,
@@ -186,6 +207,8 @@ def generate(
 
     Every argument of Transformers' generate() is an option too, with its name in hyphens: --num-beams, --do-sample,
     --max-new-tokens, --repetition-penalty and so on. What is not given is as the model was saved.
+
+    The input may be larger than memory. Under "accelerate launch" all processes share one input and one output.
     """
     from rich.console import Console
     from rich.table import Table
@@ -194,6 +217,7 @@ def generate(
     from dragoman.data.reading import read_lines
     from dragoman.inference.arguments import forced_words, parse_generation_options
     from dragoman.inference.loading import load
+    from dragoman.inference.processes import launched_processes
     from dragoman.inference.translate import compare_strategies, translate_stream
 
     own_options = [name for parameter in context.command.params for name in parameter.opts]
@@ -204,13 +228,19 @@ def generate(
         raise ValueError("--compare takes --batch-size; leave out --max-tokens-per-batch")
     if force_word and (compare or "force_words_ids" in options):
         raise ValueError("--force-word goes with neither --compare nor --force-words-ids")
+    processes = launched_processes(device)
+    if processes is not None:
+        if compare:
+            raise ValueError("--compare runs in one process: leave out the launcher")
+        device = str(processes.device)
+    is_main = processes is None or processes.is_main_process
     _quiet_bars()
-    loaded, tokenizer = load(model, device)
+    loaded, tokenizer = load(model, device, revision=revision)
     if force_word:
         options["force_words_ids"] = forced_words(tokenizer, force_word)
     rows: dict[str, Any] = {"source_lang": source_lang, "target_lang": target_lang, "source_prefix": source_prefix}
-    if seed is not None:
-        set_seed(seed)
+    if seed is not None:  # sampling the same in every process would be less random than it seems
+        set_seed(seed if processes is None else seed + processes.process_index)
     if compare:
         sentences = list(read_lines("-"))
         outputs = compare_strategies(
@@ -228,20 +258,22 @@ def generate(
         loaded,
         tokenizer,
         read_lines("-"),
-        window=1 if sys.stdin.isatty() else 2048,
+        window=1 if sys.stdin.isatty() else window,
         **rows,
         batch_size=batch_size,
         max_tokens_per_batch=max_tokens_per_batch,
         num_return_sequences=nbest,
         scores=scores,
+        progress=sys.stderr.isatty() and not (sys.stdin.isatty() or sys.stdout.isatty()),
+        processes=processes,
         **options,
     )
     for number, hypotheses in enumerate(lines, start=1):
-        for hypothesis in hypotheses:
+        for hypothesis in hypotheses if is_main else ():  # the others have them, too
             columns = [str(number)] if nbest > 1 else []
             columns += [f"{hypothesis.score:.4f}"] if scores else []
             text = hypothesis.text.replace("\n", " ")  # one output, one line
-            print(*columns, text, sep="\t", flush=sys.stdin.isatty())
+            print(*columns, text, sep="\t", flush=True)  # who reads a pipe need not wait
 
 
 @app.command(
@@ -255,7 +287,7 @@ Examples:
 )
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
+    model: Model,
     data: Annotated[str, typer.Argument(help="Pairs: .jsonl, .tsv, embedded:NAME/SPLIT, or a text file of sources.")],
     target: Annotated[Path | None, typer.Option(help="With a text file of sources: that of the targets.")] = None,
     strategy: Annotated[
@@ -279,7 +311,8 @@ def evaluate(
         str | None, typer.Option(help="Text before every source, as for T5.", show_default="as the model was trained")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences decoded together.")] = 32,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+    revision: Revision = None,
+    device: Device = None,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
 ) -> None:
     """Translate a data set, write the predictions and their scores, and print the table of the strategies.
@@ -307,6 +340,7 @@ def evaluate(
         source_prefix=source_prefix,
         batch_size=batch_size,
         seed=seed,
+        revision=revision,
         device=device,
         progress=sys.stderr.isatty(),
         **{name: names for name, names in chosen.items() if names},
@@ -326,7 +360,7 @@ Examples:
 )
 def attention(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
+    model: Model,
     text: Annotated[str, typer.Argument(help="The source sentence.")],
     target: Annotated[str | None, typer.Option(help="An output to look at.", show_default="one is decoded")] = None,
     kind: Annotated[str, typer.Option(help="cross, encoder or decoder.")] = "cross",
@@ -342,7 +376,8 @@ def attention(
     source_prefix: Annotated[
         str | None, typer.Option(help="Text before the source.", show_default="what the model was trained with")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+    revision: Revision = None,
+    device: Device = None,
 ) -> None:
     """Show where a model looks: word alignments as text, and a map of the attention weights with --out.
 
@@ -359,7 +394,7 @@ def attention(
         check_format(path, FORMATS)
     _quiet_bars()
     found = attention_map(
-        *load(model, device),
+        *load(model, device, revision=revision),
         text,
         target,
         kind,
@@ -375,6 +410,7 @@ def attention(
     for path in out or []:
         for warning in save_attention(found, path):
             print(f"dragoman attention: {warning}", file=sys.stderr)
+        print(f"{'The weights are' if path.suffix == '.npy' else 'The map is'} in {path}", file=sys.stderr)
 
 
 @app.command(
@@ -384,13 +420,14 @@ Example:
   dragoman masks runs/quickstart "Open the settings page" "Delete" --out masks.png""",
 )
 def masks(
-    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
+    model: Model,
     texts: Annotated[list[str], typer.Argument(help="Source sentences, padded to one batch.")],
     target: Annotated[
         list[str] | None, typer.Option(help="An output for each, in the same order.", show_default="they are decoded")
     ] = None,
     out: Annotated[Path, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = Path("masks.png"),
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+    revision: Revision = None,
+    device: Device = None,
 ) -> None:
     """Draw who may look at whom in a batch: its padding, look-ahead and cross masks."""
     from dragoman.inference.loading import load
@@ -398,7 +435,7 @@ def masks(
 
     check_format(out, DRAWN_FORMATS)
     _quiet_bars()
-    for warning in save_masks(read_masks(*load(model, device), texts, target), out):
+    for warning in save_masks(read_masks(*load(model, device, revision=revision), texts, target), out):
         print(f"dragoman masks: {warning}", file=sys.stderr)
     print(f"The masks are in {out}")
 
@@ -410,16 +447,17 @@ Example:
   dragoman demo runs/quickstart --port 7861""",
 )
 def demo(
-    models: Annotated[list[str], typer.Argument(help="Folders of trained models, or their names on the Hub.")],
+    models: Models,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 7860,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+    revision: Revision = None,
+    device: Device = None,
 ) -> None:
     """Serve a page on which to try models, and to see where they look."""
     from dragoman.apps.demo import serve
 
     _quiet_bars()
-    serve(models, host, port, device)
+    serve(models, host, port, device, revision)
 
 
 @app.command(
@@ -429,10 +467,11 @@ Example:
   dragoman serve runs/quickstart --port 8000 --max-batch-size 64""",
 )
 def serve(
-    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
+    model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is everybody's network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+    revision: Revision = None,
+    device: Device = None,
     max_batch_size: Annotated[int, typer.Option(help="Sentences decoded together.")] = Limits.max_batch_size,
     max_batch_tokens: Annotated[
         int, typer.Option(help="Source tokens decoded together, padding and beams included.")
@@ -468,7 +507,7 @@ def serve(
         max_beams=max_beams,
         max_new_tokens=max_new_tokens,
     )
-    run(model, host=host, port=port, device=device, limits=limits)
+    run(model, host=host, port=port, device=device, revision=revision, limits=limits)
 
 
 @app.command(
@@ -476,16 +515,17 @@ def serve(
     epilog="""\b
 Examples:
   dragoman score runs/quickstart pairs.tsv > scored.tsv
-  dragoman score runs/quickstart pairs.tsv | sort -g | head
+  dragoman score runs/quickstart pairs.tsv --no-header | sort -g | head
   dragoman score runs/quickstart test.en --target test.it --jsonl
 
 The second shows the pairs whose targets the model finds least probable: wrong
 translations, shifted lines, other languages.""",
 )
 def score(
-    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
+    model: Model,
     pairs: Annotated[str, typer.Argument(help="Pairs: .jsonl, .tsv, embedded:NAME/SPLIT, or a text file of sources.")],
     target: Annotated[Path | None, typer.Option(help="With a text file of sources: that of the targets.")] = None,
+    header: Annotated[bool, typer.Option("--header/--no-header", help="Begin the table with a heading.")] = True,
     jsonl: Annotated[
         bool, typer.Option("--jsonl", help="An object a line, with the log-probability of each token.")
     ] = False,
@@ -504,12 +544,14 @@ def score(
         str | None, typer.Option(help="Text before every source, as for T5.", show_default="as the model was trained")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs scored together.")] = 32,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+    revision: Revision = None,
+    device: Device = None,
 ) -> None:
     """Score the targets of pairs: how probable the model finds each, given its source.
 
     The output has the order of the pairs. As a table, below a heading, its columns are the score, the log-probability
-    of the whole target, source and target, between tabs; it can be read as pairs again. Logarithms are natural.
+    of the whole target, source and target, between tabs; with the heading it can be read as pairs again, without it
+    sort and awk read it. Logarithms are natural.
     """
     from dragoman.data.reading import read_pairs
     from dragoman.inference.loading import load
@@ -519,7 +561,7 @@ def score(
     _quiet_bars()
     rows = read_pairs(pairs if target is None else [pairs, target])
     scores = run(
-        *load(model, device),
+        *load(model, device, revision=revision),
         rows,
         source_lang=source_lang,
         target_lang=target_lang,
@@ -527,7 +569,10 @@ def score(
         batch_size=batch_size,
         length_penalty=length_penalty,
     )
-    (write_jsonl if jsonl else write_table)(rows, scores, sys.stdout)
+    if jsonl:
+        write_jsonl(rows, scores, sys.stdout)
+    else:
+        write_table(rows, scores, sys.stdout, header=header)
 
 
 @app.command(
@@ -581,7 +626,7 @@ def convert(
         str | None,
         typer.Option(help="Store weights as float32, bfloat16, float16, float64.", show_default="as they are"),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)] = None,
+    revision: Revision = None,
 ) -> None:
     """Turn a checkpoint of Transformers' own seq2seq classes into a Dragoman checkpoint that computes the same."""
     from dragoman.conversion import convert as run

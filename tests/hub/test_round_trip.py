@@ -200,6 +200,40 @@ def test_a_name_on_the_hub_is_a_model_here(world):
     assert result.stdout.splitlines() == world.answers["new"]
 
 
+def test_a_revision_of_a_name_on_the_hub(world, tmp_path):
+    """One option of every command that loads a model."""
+    name, old = f"{USER}/heart", world.revisions["old"]
+    result = CliRunner().invoke(dragoman.cli.app, ["generate", name, "--revision", old], input="\n".join(SENTENCES))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines() == TARGETS[:3] != world.answers["new"]
+    assert run_dragoman("attention", name, SENTENCES[0], "--revision", old).stdout.startswith(TARGETS[0])
+    (tmp_path / "pair.tsv").write_text(f"{SENTENCES[0]}\t{TARGETS[0]}\n")
+    scores = [
+        float(run_dragoman("score", name, tmp_path / "pair.tsv", "--no-header", *options).stdout.split("\t")[0])
+        for options in (["--revision", old], [])
+    ]
+    assert scores[0] > scores[1]
+    result = run_dragoman(
+        "evaluate", name, tmp_path / "pair.tsv", "--revision", old, "--metric", "chrf", "--output", tmp_path
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert (report["revision"], report["strategies"]["default"]["headline"]["chrf"]) == (old, 100.0)
+    assert run_dragoman("masks", name, SENTENCES[0], "--revision", old, "--out", tmp_path / "m.png").exit_code == 0
+    for model, revision, sentence in [
+        (name, "v9", f"'{name}' has no revision 'v9' on the Hub.\n"),
+        (
+            world.folder / "heart",
+            old,
+            f"revision '{old}' is for a name on the Hub, but {world.folder}/heart is",
+        ),
+    ]:
+        for command in (["generate", model], ["serve", model, "--port", "0"], ["demo", model, "--port", "0"]):
+            result = run_dragoman(*command, "--revision", revision)
+            assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+            assert sentence in result.stderr
+
+
 def test_the_stock_trainer_pushes(world, tmp_path):
     """A script that knows only Transformers."""
     model, tokenizer = learned_by_heart()
@@ -237,6 +271,14 @@ def test_a_card_edited_by_hand_stays(world, tmp_path):
     (tmp_path / "README.md").write_text(written.replace(MARKER, "Mine."))
     push(tmp_path, "edited")
     assert "Mine." in world.hub.commits(f"{USER}/edited")[-1].files["README.md"].decode()
+
+
+def test_a_readme_of_the_current_folder_is_no_parent(tmp_path, monkeypatch):
+    learned_by_heart()[0].save_pretrained(tmp_path / "model")
+    (tmp_path / "README.md").write_text("---\nbase_model: somebody/else\n---\n")
+    monkeypatch.chdir(tmp_path)
+    write_card(tmp_path / "model")
+    assert ModelCard.load(tmp_path / "model" / "README.md").data.base_model is None
 
 
 def test_languages_make_it_a_translation(tmp_path):

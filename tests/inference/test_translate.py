@@ -4,7 +4,9 @@ import fnmatch
 import functools
 import itertools
 import math
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -526,6 +528,27 @@ class TestLoad:
         with pytest.raises(FileNotFoundError, match=r"holds no tokenizer \(tokenizer_config.json is missing\)"):
             load(tmp_path)
 
+    def test_the_nearest_models_are_named(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.chdir(tmp_path)
+        for name in ("runs/quickstart", "runs/dialogue", "runs/mine/checkpoint-7", "runs/mine/checkpoint-14"):
+            Path(name).mkdir(parents=True)
+            Path(name, "config.json").touch()
+        os.utime("runs/mine/checkpoint-7", (1, 1))
+        Path("runs/quick").mkdir()
+        for wrong, hint in [
+            ("runs/quikstart", "; did you mean runs/quickstart?"),
+            ("quikstart", "; did you mean runs/quickstart?"),
+            ("./run/quickstat", "; did you mean runs/quickstart?"),
+            (tmp_path / "runs/dialog", f"; did you mean {tmp_path}/runs/dialogue?"),
+            ("./runs/quick", "holds no model (config.json is missing); did you mean runs/quickstart?"),
+            ("./runs/mine", "; there are models in it: runs/mine/checkpoint-14, runs/mine/checkpoint-7"),
+            ("./elsewhere", "give the folder of a saved model, or its name on the Hub."),
+        ]:
+            with pytest.raises(FileNotFoundError) as caught:
+                load(wrong)
+            assert str(caught.value).endswith(hint)
+
     @pytest.mark.parametrize("name", ["no-such-model", "nobody/no-such-model", "not a name"])
     def test_names_that_the_hub_does_not_know(self, name, tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -541,7 +564,7 @@ class TestLoad:
         tokenizer.save_pretrained(tmp_path / "cache")
         asked = {}
 
-        def snapshot_download(name, allow_patterns):
+        def snapshot_download(name, revision, allow_patterns):
             asked[name] = allow_patterns
             return tmp_path / "cache"
 

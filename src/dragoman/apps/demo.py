@@ -79,9 +79,9 @@ class Session:
         return self.outputs[self.output]
 
 
-def load_for_demo(name: str, device: str | None = None) -> Loaded:
+def load_for_demo(name: str, device: str | None = None, revision: str | None = None) -> Loaded:
     """Load a model with the attention that keeps its weights; raises as `load`."""
-    model, processing_class = load(name, device)
+    model, processing_class = load(name, device, revision=revision)
     if model.config._attn_implementation != "eager":
         # Now, for good: requests that run at the same time must not switch it under each other.
         model.set_attn_implementation("eager")
@@ -577,10 +577,10 @@ def launch(
     return page, address
 
 
-def serve(names: Sequence[str], host: str, port: int, device: str | None = None) -> None:
+def serve(names: Sequence[str], host: str, port: int, device: str | None = None, revision: str | None = None) -> None:
     """Load the models and serve the page until Ctrl-C; raises as `load` and `launch`."""
     models = {}
     for name in names:
         short = Path(name).name
-        models[name if short in models else short] = load_for_demo(name, device)
+        models[name if short in models else short] = load_for_demo(name, device, revision)
     launch(models, host, port)

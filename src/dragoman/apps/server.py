@@ -426,14 +426,20 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    name: str, *, host: str = "127.0.0.1", port: int = 8000, device: str | None = None, limits: Limits | None = None
+    name: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    device: str | None = None,
+    revision: str | None = None,
+    limits: Limits | None = None,
 ) -> None:
     """Serve a model until SIGTERM or SIGINT; then finish what was taken, and return.
 
     Args:
         name: folder of a saved model, or its name on the Hub.
         port: 0 takes a free one.
-        device: as in `load`.
+        device, revision: as in `load`.
 
     Raises:
         OSError: the port is taken, or the host is none of this machine's addresses.
@@ -444,7 +450,7 @@ def serve(
     # oneDNN keeps code for 1,024 shapes. Batches of a server have ever new ones, and memory would grow for hours; with
     # fewer it decodes as fast. Read at the first matrix product, so before the model is loaded.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    app = create_app(*load(name, device), name, limits)
+    app = create_app(*load(name, device, revision=revision), name, limits)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(limits.timeout) + 5)
     # uvicorn raises the signal again after its graceful end, for handlers like these.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}

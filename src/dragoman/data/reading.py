@@ -370,11 +370,25 @@ def existing_path(path: Path) -> Path:
     if path.exists():
         return path
     folder = path.parent
+    where = f"{path} does not exist in {folder.resolve()}"
     if not folder.is_dir():
-        raise FileNotFoundError(f"{path} does not exist: there is no folder {folder}")
-    similar = get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=3, cutoff=0.6)
-    hint = f"; did you mean {' or '.join(str(folder / name) for name in similar)}?" if similar else ""
-    raise FileNotFoundError(f"{path} does not exist in {folder.resolve()}{hint}")
+        where = f"{path} does not exist: there is no folder {folder}"
+    similar = similar_paths(path)
+    raise FileNotFoundError(where + (f"; did you mean {' or '.join(map(str, similar))}?" if similar else ""))
+
+
+def similar_paths(path: Path) -> list[Path]:
+    """At most three existing paths that are spelled like this one, the nearest first; folders may be misspelled too."""
+    folders = [path.parent]
+    if not path.parent.is_dir():
+        folders = similar_paths(path.parent) if path.parent != path else []
+    found = [
+        folder / name
+        for folder in folders
+        if folder.is_dir()
+        for name in get_close_matches(path.name, [entry.name for entry in folder.iterdir()])
+    ]
+    return found[:3]
 
 
 def _matching(path: Path) -> list[Path]:

@@ -39,6 +39,7 @@ def evaluate_model(
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
+    revision: str | None = None,
     progress: bool = False,
     **generation_arguments: Any,
 ) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def evaluate_model(
             these names is used without being given here.
         batch_size: sentences decoded together.
         seed: of the random numbers, set anew for each strategy; the caller's are left as they were.
-        device, dtype: as in `load`.
+        device, dtype, revision: as in `load`.
         progress: show bars on standard error.
         **generation_arguments: for every strategy, for example `max_new_tokens=80`.
 
@@ -85,7 +86,7 @@ def evaluate_model(
         raise ValueError(f"{data_name} has no column {references_column!r}: it has {', '.join(pairs.column_names)}.")
     sources, references = pairs["source"][:], pairs[references_column][:]
     rows: dict[str, Any] = {name: pairs[name][:] for name in SETTING_COLUMNS if name in pairs.column_names}
-    loaded, processing_class = load(model, device, dtype)
+    loaded, processing_class = load(model, device, dtype, revision)
     for arguments in table.values():
         check_generation_arguments(loaded, arguments)
     out_dir = Path(out_dir)
@@ -93,6 +94,7 @@ def evaluate_model(
 
     report: dict[str, Any] = {
         "model": str(model),
+        "revision": revision,
         "data": data_name,
         "rows": len(sources),
         "settings": {

@@ -22,6 +22,7 @@ def pipeline(
     tokenizer: ProcessingClass | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
     **settings: Any,
 ) -> Seq2SeqGenerationPipeline:
     """A pipeline for any encoder-decoder; `transformers.pipeline` refuses most of these names.
@@ -31,7 +32,7 @@ def pipeline(
             `generated_text`.
         model: folder of a saved model, its name on the Hub, or a loaded model, which needs its `tokenizer`.
         tokenizer: what belongs to a loaded model: its tokenizer, or its processor if it has two vocabularies.
-        device, dtype: of a model that is loaded here, as in `load`.
+        device, dtype, revision: of a model that is loaded here, as in `load`.
         **settings: defaults of the arguments of each call, as `Seq2SeqGenerationPipeline` lists them: `batch_size=16`,
             `num_beams=4`, `source_lang="it"`.
 
@@ -42,7 +43,7 @@ def pipeline(
     if task not in TASKS:
         raise ValueError(f"there is no task {task!r}: {did_you_mean(task, TASKS)}")
     if not isinstance(model, PreTrainedModel):
-        model, tokenizer = load(model, device, dtype)
+        model, tokenizer = load(model, device, dtype, revision)
     elif tokenizer is None:
         raise ValueError("a loaded model needs its tokenizer: give pipeline() both")
     name = "processor" if isinstance(tokenizer, ProcessorMixin) else "tokenizer"

@@ -98,9 +98,10 @@ def score(
     )
 
 
-def write_table(pairs: Dataset, scores: Iterable[TargetScore], file: TextIO) -> None:
-    """Write a heading and a line a pair: score, log-probability, source, target; `read_pairs` reads it as `.tsv`."""
-    print("score", "log_probability", "source", "target", sep="\t", file=file)
+def write_table(pairs: Dataset, scores: Iterable[TargetScore], file: TextIO, header: bool = True) -> None:
+    """Write a line a pair: score, log-probability, source, target; with the heading `read_pairs` reads it as `.tsv`."""
+    if header:
+        print("score", "log_probability", "source", "target", sep="\t", file=file)
     for pair, one in zip(pairs, scores, strict=True):
         texts = [" ".join(re.split(r"[\t\r\n]", pair[side])) for side in ("source", "target")]
         print(f"{one.score:.4f}", f"{one.log_probability:.4f}", *texts, sep="\t", file=file)

@@ -8,6 +8,7 @@ from itertools import islice, repeat
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
@@ -17,6 +18,7 @@ from dragoman.data.languages import OF_CHECKPOINTS, Side, check_language, defaul
 from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
 from dragoman.inference.arguments import check_combination, check_token_ids
 from dragoman.inference.languages import language_argument, language_id
+from dragoman.inference.processes import map_in_processes
 from dragoman.inference.strategies import STRATEGIES, strategy_arguments
 from dragoman.models.pipeline_dragoman import language_arguments
 from dragoman.settings import did_you_mean
@@ -61,6 +63,7 @@ def translate(
     num_return_sequences: int = 1,
     scores: bool = True,
     progress: bool = False,
+    processes: PartialState | None = None,
     **generation_arguments: Any,
 ) -> list[list[Hypothesis]]:
     """Translate sentences.
@@ -77,6 +80,8 @@ def translate(
         num_return_sequences: outputs per sentence, the best first; more than one needs beams or sampling.
         scores: compute `score` and `log_probability`, by one more pass over each output.
         progress: show a bar on standard error.
+        processes: `accelerate.PartialState()`, to share the batches with the other processes of `accelerate launch`.
+            The sentences are those of the main process; every process gets all outputs.
         **generation_arguments: settings of `model.generate`: `num_beams=4`, `do_sample=True`, `penalty_alpha=0.6`, ...
             What is left out comes from the model's own generation config.
 
@@ -102,6 +107,7 @@ def translate(
             num_return_sequences=num_return_sequences,
             scores=scores,
             progress=progress,
+            processes=processes,
             **generation_arguments,
         )
     )
@@ -121,6 +127,7 @@ def translate_stream(
     num_return_sequences: int = 1,
     scores: bool = True,
     progress: bool = False,
+    processes: PartialState | None = None,
     **generation_arguments: Any,
 ) -> Iterator[list[Hypothesis]]:
     """Translate a stream of any length, in order, holding one window of it in memory.
@@ -149,7 +156,7 @@ def translate_stream(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=Console(stderr=True),
-        disable=not progress,
+        disable=not progress or not (processes is None or processes.is_main_process),
     )
     tools = (model, source_tokenizer, target_tokenizer)
     argument = language_argument(processing_class)
@@ -169,16 +176,15 @@ def translate_stream(
         return outputs
 
     def run() -> Iterator[list[Hypothesis]]:
+        rows = zip(encoded, first_tokens, strict=False)  # one token for all of a stream has no end
+        limits = {"batch_size": None if max_tokens_per_batch else batch_size, "max_tokens": max_tokens_per_batch}
         with bar:
-            rows = zip(encoded, first_tokens, strict=False)  # one token for all of a stream has no end
-            yield from map_in_batches(
-                rows,
-                decode,
-                length=lambda row: len(row[0]),
-                window=window,
-                batch_size=None if max_tokens_per_batch else batch_size,
-                max_tokens=max_tokens_per_batch,
-            )
+            if processes is None:
+                yield from map_in_batches(rows, decode, length=lambda row: len(row[0]), window=window, **limits)
+            else:
+                yield from map_in_processes(
+                    rows, decode, processes, length=lambda row: len(row[0]), window=window, **limits
+                )
 
     return run()
 

@@ -190,7 +190,7 @@ def _languages(folder: Path, experiment: dict[str, Any]) -> list[str]:
 def _base_model(experiment: dict[str, Any]) -> str | list[str] | None:
     """The model that was fine-tuned, by its name on the Hub; of a converted one, the name of what it comes from."""
     base = str(experiment.get("model", {}).get("from_pretrained", ""))
-    if (Path(base) / "README.md").is_file():
+    if base and (Path(base) / "README.md").is_file():
         return ModelCard.load(Path(base) / "README.md").data.base_model
     return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import math
 import os
 import shutil
@@ -106,6 +107,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
 
     if not sys.stderr.isatty():
         arguments.disable_tqdm = True  # a bar in a file or a pipe is noise
+    logging.getLogger("transformers.trainer_utils").addFilter(_is_news)
     set_seed(arguments.seed)
     pairs = _read(experiment)
     tokenizer = _shared_tokenizer(experiment, pairs["train"], checkpoint)
@@ -279,6 +281,11 @@ def usage(output: Path, tokenizer: ProcessingClass, pair: Mapping[str, str]) -> 
         f"    print(tokenizer.decode(model.generate(**tokenizer({text!r}, return_tensors='pt'){into})[0], "
         "skip_special_tokens=True))"
     )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # Checkpoints of small models are written within a second; that the Trainer then goes by their numbers is no loss.
+    return "mtime may not be reliable" not in record.getMessage()
 
 
 def _log_line(state: TrainerState, logs: dict[str, float]) -> str:
