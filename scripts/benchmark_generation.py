@@ -1,13 +1,16 @@
 """Decoding with the same weights in Marian, BART and T5 of Transformers and here.
 
     python scripts/benchmark_generation.py --output scripts/results/generation.md
-    python scripts/benchmark_generation.py --model runs/NAME --data data/ddtp_en_it/test.jsonl.gz --output ...
+    python scripts/benchmark_generation.py --row job --model runs/NAME --data data/ddtp_en_it/test.jsonl.gz \\
+        --output scripts/results/generation_job.md
     python scripts/benchmark_generation.py --row greedy --peer marian --d-model 32 --vocab-size 90 --layers 1
+    python scripts/benchmark_generation.py --show          # the records that lie beside this script, a line a work
 
 Each peer is initialized at random, saved and converted, so that both sides hold the same weights. They decode the same
 batch in one process, taking turns; a ratio is that of two neighbors, and its median and quartiles are printed. No
-sentence may end before the given length, so that all sides do the same number of steps. Beside them stands the time of
-the bare matrix products of the same decoding. Peak memory is that of a process of its own for each side.
+sentence may end before the given length, so that all sides do the same number of steps. Beside each side stands the
+time of its bare matrix products: PyTorch's for the host, oneDNN's with packed weights for ours. Peak memory is that of
+a process of its own for each side.
 """
 
 from __future__ import annotations
@@ -36,9 +39,11 @@ from dragoman.data.reading import read_pairs
 from dragoman.data.tokenizers import source_and_target_tokenizer
 from dragoman.inference.loading import load
 from dragoman.inference.translate import translate
+from dragoman.models.fast_linear import side_by_side
 
 
 PEERS = ("marian", "bart", "t5")
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Work:
     new_tokens: int
     beams: int = 1
     candidates: int = 0  # of contrastive search
+    goal: float = 1.0  # times as fast as the fastest peer
 
     def arguments(self) -> dict[str, Any]:
         length = {"max_new_tokens": self.new_tokens, "min_new_tokens": self.new_tokens, "do_sample": False}
@@ -57,11 +63,11 @@ class Work:
 
 
 ROWS = {
-    "greedy": Work(16, 32, 48),
-    "beam": Work(16, 32, 48, beams=5),
-    "beam-256": Work(8, 256, 48, beams=5),
-    "beam-1000": Work(4, 1000, 48, beams=5),
-    "contrastive": Work(8, 32, 48, candidates=4),
+    "greedy": Work(16, 32, 48, goal=1.3),
+    "beam": Work(16, 32, 48, beams=5, goal=1.5),
+    "beam-256": Work(8, 256, 48, beams=5, goal=2.5),
+    "beam-1000": Work(4, 1000, 48, beams=5, goal=3.0),
+    "contrastive": Work(8, 32, 48, candidates=4, goal=1.5),
 }
 
 
@@ -146,26 +152,32 @@ def ours(model, batch: dict[str, torch.Tensor], work: Work) -> torch.Tensor:
     return model.generate(**batch, **work.arguments(), **search)
 
 
-@torch.no_grad()
-def bare_products(model: DragomanForConditionalGeneration, work: Work) -> float:
-    """Seconds of the products with the weights that this decoding cannot do without (attention's own left out)."""
+def bare_products(model: DragomanForConditionalGeneration, work: Work, packed: bool) -> Callable[[], None]:
+    """
+    The products with the weights that this decoding cannot do without, attention's own left out: one after another as
+    the host computes them, or with packed weights.
+    """
 
     def products(layers: list[nn.Linear], rows: int):
         inputs = {layer.in_features: torch.randn(rows, layer.in_features) for layer in layers}
-        return lambda: [nn.functional.linear(inputs[layer.in_features], layer.weight) for layer in layers]
+        calls = [side_by_side([layer], pack=True) if packed else layer for layer in layers]
+        return lambda: [call(inputs[layer.in_features]) for call, layer in zip(calls, layers, strict=True)]
 
     stacks: dict[str, list] = {"encoder": [], "source": [], "step": [model.lm_head]}
     for name, module in model.model.named_modules():
         if isinstance(module, nn.Linear):
             of_source = re.search(r"cross_attn\.[kv]_proj", name)
             stacks["encoder" if name.startswith("encoder.") else "source" if of_source else "step"].append(module)
+
+    @torch.no_grad()
+    def run():
+        once()
+        for _ in range(work.new_tokens):
+            step()
+
     once = products(stacks["encoder"] + stacks["source"], work.rows * work.source_length)
     step = products(stacks["step"], work.rows * max(work.beams, work.candidates))
-    start = time.perf_counter()
-    once()
-    for _ in range(work.new_tokens):
-        step()
-    return time.perf_counter() - start
+    return run
 
 
 def take_turns(sides: list[Callable[[], Any]], repeats: int) -> tuple[list[list[float]], list[Any]]:
@@ -182,9 +194,7 @@ def take_turns(sides: list[Callable[[], Any]], repeats: int) -> tuple[list[list[
 
 def spread(slow: list[float], fast: list[float]) -> str:
     ratios = [one / other for one, other in zip(slow, fast, strict=True)]
-    if len(ratios) < 2:
-        return f"{ratios[0]:.2f}"
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return f"**{statistics.median(ratios):.2f}** ({low:.2f} - {high:.2f})"
 
 
@@ -222,12 +232,46 @@ def measure_memory(folder: str, side: str, work: Work, vocab_size: int):
     print(megabytes("VmHWM") - before)
 
 
-def whole_job(model_folder: Path, data: Path, limit: int | None, beams: int) -> list[str]:
-    """Sentences per second of `translate` against the host's loops on batches of 32 in the order of the file."""
-    model, tokenizer = load(model_folder, "cpu")
+@torch.no_grad()
+def marian_with_weights_of(model: Any, scratch: Path):
+    """
+    The host's Marian computing what this model does, or None if it is of another shape. Which weight goes where is read
+    off the conversion of a Marian that is filled with random numbers.
+    """
+    names = ("vocab_size", "d_model", "activation_function", "scale_embedding")
+    sizes = ("layers", "attention_heads", "ffn_dim")
+    names += tuple(f"{side}_{size}" for side in ("encoder", "decoder") for size in sizes)
+    names += ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+    config = {name: value for name, value in model.config.to_dict().items() if name in names}
+    host = transformers.MarianMTModel(transformers.MarianConfig(**config, max_position_embeddings=2048)).eval()
+    for weight in (*(one for one in host.parameters() if one.requires_grad), host.final_logits_bias):
+        weight.normal_(std=0.1)
+    host.save_pretrained(scratch / "marian")
+    convert(scratch / "marian", scratch / "converted")
+    converted, trained = read_model(scratch / "converted").state_dict(), model.state_dict()
+    if {name: weight.shape for name, weight in converted.items()} != {n: w.shape for n, w in trained.items()}:
+        return None
+
+    def content(weight: torch.Tensor) -> tuple[float, ...]:
+        return weight.numel(), float(weight.flatten()[0]), float(weight.flatten()[-1])
+
+    places = {content(weight): name for name, weight in converted.items()}
+    for weight in host.state_dict().values():
+        if content(weight) in places:  # all but the sinusoids
+            weight.copy_(trained[places[content(weight)]].view_as(weight))
+    ids = {"input_ids": torch.arange(3, 10)[None], "decoder_input_ids": torch.arange(4, 9)[None]}
+    one, other = (side(**ids).logits for side in (model, host))
+    return host if torch.allclose(one, other, rtol=1e-3, atol=1e-3) else None
+
+
+def with_the_hosts_loops(model: Any):
+    """The same model without anything of ours in `generate`."""
 
     class Stock(type(model)):  # type: ignore[misc]
         generate = GenerationMixin.generate
+        _prepare_text_encoder_decoder_kwargs_for_generation = (
+            GenerationMixin._prepare_text_encoder_decoder_kwargs_for_generation
+        )
         _sample, _beam_search = GenerationMixin._sample, GenerationMixin._beam_search
         _expand_inputs_for_generation = GenerationMixin._expand_inputs_for_generation
 
@@ -237,6 +281,13 @@ def whole_job(model_folder: Path, data: Path, limit: int | None, beams: int) -> 
 
     stock = Stock(model.config).eval()
     stock.load_state_dict(model.state_dict())
+    return stock
+
+
+def whole_job(model_folder: Path, data: Path, limit: int | None, beams: int, scratch: Path) -> list[str]:
+    """Sentences per second of `translate` against the host's `generate` on batches of 32 in the order of the file."""
+    model, tokenizer = load(model_folder, "cpu")
+    stock = marian_with_weights_of(model, scratch) or with_the_hosts_loops(model)
     stock.generation_config = model.generation_config
     sentences = [str(pair["source"]) for pair in read_pairs(data)][:limit]
     source_tokenizer, target_tokenizer = source_and_target_tokenizer(tokenizer)
@@ -261,15 +312,31 @@ def whole_job(model_folder: Path, data: Path, limit: int | None, beams: int) -> 
         times.append(time.perf_counter() - start)
     equal = sum(one == other for one, other in zip(*texts, strict=True))
     rates = [len(sentences) / seconds for seconds in times]
+    ratio = rates[1] / rates[0]
     return [
-        f"\nWhole job: {len(sentences)} sentences of {data.name}, {model_folder.name}, beam {beams}: the host's loops "
-        f"on batches of 32 in file order {rates[0]:.1f} sentences/s, translate() {rates[1]:.1f} sentences/s, ratio "
-        f"**{rates[1] / rates[0]:.2f}** (each side once); {equal} of {len(sentences)} outputs are equal."
+        f"{len(sentences)} sentences of {data.name}, {model_folder.name}, beam {beams}, each side once: the host's "
+        f"{'Marian' if isinstance(stock, transformers.MarianMTModel) else 'loops'} on batches of 32 in file order "
+        f"against translate(). {equal} of {len(sentences)} outputs are equal.",
+        *summary([f"| whole job, sentences/s | {rates[0]:.1f} | {rates[1]:.1f} | **{ratio:.2f}** | >= 3 |"]),
     ]
 
 
+HEADER = "| against the fastest host | host | ours | ratio | goal |"
+
+
+def summary(rows: list[str]) -> list[str]:
+    return ["", HEADER, "|---|--:|--:|--:|--:|", *rows]
+
+
+def show() -> str:
+    """The summaries of all records, as one table."""
+    texts = [record.read_text(encoding="utf-8") for record in sorted(RESULTS.glob("generation*.md"))]
+    rows = [line for text in texts for line in text.split(HEADER)[1].splitlines()[2:] if line.startswith("|")]
+    return "\n".join(summary(rows)[1:])
+
+
 def main(
-    row: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(ROWS)}; repeat for more.")] = None,
+    row: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(ROWS)}, job; repeat for more.")] = None,
     peer: Annotated[list[str] | None, typer.Option(help="marian, bart or t5; repeat for more.")] = None,
     repeats: Annotated[int, typer.Option(help="Turns of every side, after one that does not count.")] = 5,
     d_model: int = 512,
@@ -278,56 +345,66 @@ def main(
     new_tokens: Annotated[int | None, typer.Option(help="Instead of the row's.")] = None,
     threads: int = 2,
     memory: Annotated[bool, typer.Option(help="Also peak memory of the row beam-1000.")] = True,
-    model: Annotated[Path | None, typer.Option(help="Trained model for the whole job.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Trained model for the row job.")] = None,
     data: Annotated[Path | None, typer.Option(help="Its test sentences.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many sentences of them.")] = None,
     output: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
+    show_records: Annotated[bool, typer.Option("--show", help="Print what was recorded instead.")] = False,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
+    if show_records:
+        print(show())
+        return
+    if row is not None and "job" in row and (model is None or data is None):
+        raise typer.BadParameter("the row job needs --model and --data.")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    chosen = {name: ROWS[name] for name in row or ROWS}
+    chosen = {name: ROWS[name] for name in row or ROWS if name != "job"}
     if new_tokens is not None:
         chosen = {name: Work(**{**vars(work), "new_tokens": new_tokens}) for name, work in chosen.items()}
     if memory_of is not None:
         folder, side = memory_of.rsplit(":", 1)
         measure_memory(folder, side, next(iter(chosen.values())), vocab_size)
         return
-    lines = [
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} threads, fp32, d={d_model}, "
-        f"{layers}+{layers} layers, vocabulary {vocab_size}; {repeats} turns, every output as long as asked for.\n",
-        "| work | weights of | host ms a step | ours | bare products | host / ours | time outside products gone "
-        "| equal rows | cross cache MB, host : ours |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} threads, fp32."]
+    if chosen:
+        lines[0] += (
+            f" d={d_model}, {layers}+{layers} layers, vocabulary {vocab_size}; milliseconds a step, medians of "
+            f"{repeats} turns; ratios with quartiles; every output as long as asked for.\n"
+        )
+        lines += [
+            "| work | weights of | host | ours | host / ours | host's products | ours | time outside products gone "
+            "| equal rows | cross cache MB, host : ours |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
     print(*lines, sep="\n", flush=True)
+    goals = []
     with tempfile.TemporaryDirectory() as scratch:
         for row_name, work in chosen.items():
-            best: dict[str, float] = {}
+            best, what = float("inf"), f"{row_name} {work.rows} x {work.source_length} + {work.new_tokens}"
             for name in peer or PEERS:
                 folders = both_sides(Path(scratch), name, d_model, layers, vocab_size)
                 host, mine = (read_model(folder) for folder in folders)
                 batch = batch_of(work, vocab_size)
                 sides = [partial(theirs, host, batch, work), partial(ours, mine, batch, work)]
-                times, found = take_turns([*sides, partial(bare_products, mine, work)], repeats)
+                bare = [bare_products(mine, work, packed) for packed in (False, True)]
+                times, found = take_turns(sides + bare, repeats)
                 ms = [1000 * statistics.median(side) / work.new_tokens for side in times]
-                best[name] = ms[0]
-                gone = f"{(ms[0] - ms[1]) / (ms[0] - ms[2]):.0%}" if ms[0] > ms[2] else "-"
-                bytes_kept = "-"
+                ratio, gone = spread(times[0], times[1]), 1 - (ms[1] - ms[3]) / max(ms[0] - ms[2], 1e-9)
+                cache = "-"
                 if work.beams > 1:
-                    bytes_kept = " : ".join(
-                        f"{cross_bytes(side, batch, work.beams) / 1e6:.2f}" for side in (host, mine)
-                    )
+                    kept = [cross_bytes(side, batch, work.beams) / 1e6 for side in (host, mine)]
+                    cache = f"{kept[0]:.2f} : {kept[1]:.2f}"
                 lines.append(
-                    f"| {row_name} {work.rows} x {work.source_length} + {work.new_tokens} | {name} | {ms[0]:.1f} "
-                    f"| {ms[1]:.1f} | {ms[2]:.1f} | {spread(times[0], times[1])} | {gone} | {agreement(found)} "
-                    f"| {bytes_kept} |"
+                    f"| {what} | {name} | {ms[0]:.1f} | {ms[1]:.1f} | {ratio} | {ms[2]:.1f} | {ms[3]:.1f} | {gone:.0%} "
+                    f"| {agreement(found)} | {cache} |"
                 )
                 print(lines[-1], flush=True)
-                del host, mine, sides
-            lines.append(f"| | fastest host: {min(best, key=best.__getitem__)} | | | | | | | |")
-            print(lines[-1], flush=True)
+                if ms[0] < best:
+                    best = ms[0]
+                    fastest = f"| {what}, ms a step ({name}) | {ms[0]:.1f} | {ms[1]:.1f} | {ratio} | >= {work.goal} |"
+            goals.append(fastest)
         if memory and "beam-1000" in chosen:
             settings = {"d_model": d_model, "layers": layers, "vocab_size": vocab_size, "threads": threads}
             settings |= {} if new_tokens is None else {"new_tokens": new_tokens}
@@ -337,14 +414,16 @@ def main(
                     peak_memory(folder, side, "beam-1000", settings)
                     for folder, side in zip(folders, ("theirs", "ours"), strict=True)
                 ]
-                lines.append(
-                    f"\nPeak memory of beam-1000 beyond the loaded model, weights of {name}: host {used[0]:.0f} MB, "
-                    f"ours {used[1]:.0f} MB, ratio {used[1] / used[0]:.2f}."
+                goals.append(
+                    f"| peak memory of beam-1000 beyond the model, MB ({name}) | {used[0]:.0f} | {used[1]:.0f} "
+                    f"| **{used[1] / used[0]:.2f}** | <= 0.5 |"
                 )
-                print(lines[-1], flush=True)
-    if model is not None and data is not None:
-        lines += whole_job(model, data, limit, beams=5)
-        print(lines[-1], flush=True)
+        printed = len(lines)
+        if chosen:
+            lines += summary(goals)
+        if model is not None and data is not None:
+            lines += whole_job(model, data, limit, 5, Path(scratch))
+    print(*lines[printed:], sep="\n", flush=True)
     if output is not None:
         output.write_text("\n".join(["# Decoding\n", *lines, ""]), encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """The scripts a person runs, as far as they can be run without a network and without minutes of training."""
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+from dragoman import DragomanConfig, DragomanForConditionalGeneration
+from dragoman.data.tokenizers import train_tokenizer
 from training.experiments import write_experiment
 
 
@@ -261,6 +265,32 @@ def test_benchmark_of_generation(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in report.read_text(encoding="utf-8").splitlines() if "| marian |" in line]
-    assert [row[7] for row in rows] == ["16 of 16", "16 of 16", "8 of 8"]
-    host, ours = map(float, rows[1][8].removesuffix(" |").split(" : "))
+    assert [row[8] for row in rows] == ["16 of 16", "16 of 16", "8 of 8"]
+    host, ours = map(float, rows[1][9].removesuffix(" |").split(" : "))
     assert host == pytest.approx(5 * ours, rel=0.1)
+
+
+@pytest.mark.parametrize(("norm_position", "host"), [("post", "Marian"), ("pre", "loops")])
+def test_benchmark_of_a_whole_job(tmp_path, norm_position, host):
+    """A model of Marian's shape meets Marian with the same weights, any other the host's loops."""
+    pairs = [{"source": "a small cat sleeps here", "target": "un gatto"}, {"source": "the cat", "target": "il gatto"}]
+    tokenizer = train_tokenizer([pair["source"] for pair in pairs], kind="char")
+    torch.manual_seed(0)
+    config = DragomanConfig(
+        vocab_size=len(tokenizer), d_model=12, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=17, decoder_ffn_dim=19, norm_type="layernorm",
+        norm_position=norm_position, final_norm=False, activation_function="swish", gated_mlp=False,
+        attention_bias=True, mlp_bias=True, position_embedding_type="sinusoidal", sinusoid_layout="halves",
+        scale_embedding=True, lm_head_bias=True, max_position_embeddings=9, dropout=0.0,
+    )  # fmt: skip
+    DragomanForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    done = run(
+        sys.executable, ROOT / "scripts" / "benchmark_generation.py", "--row", "job",
+        "--model", tmp_path / "model", "--data", tmp_path / "test.jsonl", "--threads", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"the host's {host} on batches of 32 in file order" in done.stdout
+    assert "2 of 2 outputs are equal" in done.stdout
+    assert "| whole job, sentences/s |" in done.stdout

@@ -1,9 +1,11 @@
-"""Decoding that only the Transformer family has, or that looks at its inputs from another side: drafts and prefixes."""
+"""Decoding that only the Transformer family has: drafts, prefixes, graphs."""
 
 import pytest
 import torch
+from transformers import CompileConfig
 
-from conftest import EOS, V, make_batch
+from conftest import EOS, PAD, B, V, family, make_batch
+from dragoman.models.modeling_dragoman import DragomanEncoder
 
 
 @pytest.fixture
@@ -63,3 +65,73 @@ def test_a_prefix_that_allows_one_token_at_a_time_dictates_the_output(any_transf
         prefix_allowed_tokens_fn=lambda row, target: [dictated[row][len(target)]],
     )  # fmt: skip
     assert found.tolist() == dictated
+
+
+def source_of(length: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, V, (B, length), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones_like(ids)
+    ids[1, -2:], mask[1, -2:] = PAD, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class Compiler:
+    """A backend of `torch.compile` that counts what it is given, and runs it as it is."""
+
+    def __init__(self):
+        self.graphs = 0
+        self.config = CompileConfig(backend=self.compile, fullgraph=True)
+        self.config._compile_all_devices = True
+
+    def compile(self, graph, inputs, **_):
+        self.graphs += 1
+        return graph.forward
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+STATIC = {"cache_implementation": "static", "max_new_tokens": 6}
+
+
+@pytest.mark.parametrize("name", ["modern", "relative"])
+def test_compiled_once_for_sources_of_many_lengths(name):
+    torch.compiler.reset()
+    model, compiler = family(name).build(eos_token_id=None), Compiler()
+    for length in (5, 32, 7):
+        source = source_of(length)
+        expected = model.generate(**source, max_new_tokens=6)
+        assert torch.equal(model.generate(**source, **STATIC, compile_config=compiler.config), expected)
+        torch.manual_seed(0)
+        sampled = model.generate(**source, **STATIC, compile_config=compiler.config, do_sample=True)
+        torch.manual_seed(0)
+        assert torch.equal(sampled, model.generate(**source, max_new_tokens=6, do_sample=True))
+    assert compiler.graphs == 1
+    longer = source_of(33)
+    found = model.generate(**longer, **STATIC, compile_config=compiler.config)
+    assert torch.equal(found, model.generate(**longer, max_new_tokens=6))
+    assert compiler.graphs == 2
+
+
+def test_sources_beside_a_static_cache_are_lengthened_within_reason(monkeypatch):
+    """To powers of two, but not beyond learned positions; embeddings too; nothing else is touched."""
+    lengths = []
+    inner = DragomanEncoder.forward
+
+    def spy(self, *args, **kwargs):
+        lengths.append(args[0].shape[1] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds")).shape[1])
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(DragomanEncoder, "forward", spy)
+    for name, expected in (("modern", [32, 32, 64]), ("learned", [29, 29, 29])):
+        model = family(name).build(eos_token_id=None)
+        for length in (3, 28, 33 if name == "modern" else 29):
+            source = source_of(length)
+            assert torch.equal(model.generate(**source, **STATIC), model.generate(**source, max_new_tokens=6))
+        assert lengths[::2] == expected
+        assert lengths[1:4:2] == [3, 28]
+        lengths.clear()
+    embeds = model.get_input_embeddings()(source_of(5)["input_ids"])
+    mask = source_of(5)["attention_mask"]
+    found = model.generate(inputs_embeds=embeds, attention_mask=mask, **STATIC)
+    assert torch.equal(found, model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6))
+    assert lengths == [29, 5]

@@ -107,11 +107,6 @@ def one_row_per_source(model_kwargs: dict[str, Any], g: int) -> dict[str, Any]:
     }
 
 
-def enough_to_leave(finished: torch.Tensor) -> bool:
-    """Taking rows out copies what stays, so they leave when they are an eighth of the batch."""
-    return 8 * int(finished.sum()) >= len(finished)
-
-
 class Outbox:
     """Where the rows of finished sources wait for the others, in the order of the sources."""
 
@@ -119,19 +114,51 @@ class Outbox:
         self.live = torch.arange(sources, device=device)  # (B,), the numbers of the sources that are still running
         self.rows: list[Any] = [None] * sources
 
-    def put(self, rows: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
-        """Rows (B, n, t) of the sources, of which some (B,) leave -> positions (B',) of those that stay"""
-        for number, row in zip(self.live[leaving].tolist(), rows[leaving], strict=True):
+    def put(self, rows: torch.Tensor, finished: torch.Tensor) -> torch.Tensor | None:
+        """
+        Rows (B, n, t) of the sources, of which some (B,) are finished -> positions (B',) of those that go on, none at
+        the end. None where nobody leaves: that copies what stays, so it waits until an eighth of the batch is finished.
+        """
+        if 8 * int(finished.sum()) < len(finished):
+            return None
+        for number, row in zip(self.live[finished].tolist(), rows[finished], strict=True):
             self.rows[number] = row
-        staying = (~leaving).nonzero().squeeze(1)
+        staying = (~finished).nonzero().squeeze(1)
         self.live = self.live[staying]
         return staying
 
-    def sequences(self, fill: Any) -> torch.Tensor:
+    def sequences(self, fill: int) -> torch.Tensor:
         """All rows, one under another, (all sources * n, longest t)"""
         longest = max(row.shape[-1] for row in self.rows)
         padded = [nn.functional.pad(row, (0, longest - row.shape[-1]), value=fill) for row in self.rows]
         return torch.cat(padded)
+
+
+class GrowingRows:
+    """The rows of greedy search, sampling and contrastive search, which are one token longer after every step."""
+
+    def __init__(self, ids: Any, g: int, criteria: StoppingCriteriaList, config: GenerationConfig):
+        self.ids, self.g, self.criteria = ids, g, criteria  # (B * g, t)
+        pad: Any = config._pad_token_tensor
+        self.fill = 0 if pad is None else int(pad)
+        self.pads = any(isinstance(criterion, stopping_criteria.EosTokenCriteria) for criterion in criteria)
+        self.unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        self.outbox = Outbox(len(ids) // g, ids.device)
+
+    def append(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Tokens (B * g,) -> positions (B',) of the sources that go on if some leave, else None."""
+        if self.pads:
+            tokens = tokens.where(self.unfinished, self.fill)
+        self.ids = torch.cat((self.ids, tokens[:, None]), dim=-1)
+        self.unfinished = self.unfinished & ~self.criteria(self.ids, None)
+        staying = self.outbox.put(self.ids.unflatten(0, (-1, self.g)), ~self.unfinished.view(-1, self.g).any(dim=1))
+        if staying is not None:
+            rows = rows_of(staying, self.g)
+            self.ids, self.unfinished = self.ids[rows], self.unfinished[rows]
+        return staying
+
+    def sequences(self) -> torch.Tensor:
+        return self.outbox.sequences(self.fill)
 
 
 def sample(
@@ -143,33 +170,22 @@ def sample(
     **model_kwargs,
 ) -> torch.Tensor:
     """`GenerationMixin._sample`: greedy search, or sampling, which draws as the host does until a source leaves."""
-    pad: Any = generation_config._pad_token_tensor
-    pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     g = generation_config.num_return_sequences
+    rows = GrowingRows(input_ids, g, criteria, generation_config)
     steps = model.decoding_steps(input_ids[::g], one_row_per_source(model_kwargs, g), g, tree=False)
     logits = steps.begin().repeat_interleave(g, dim=0)
-    outbox = Outbox(len(input_ids) // g, input_ids.device)
-    unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     while True:
-        scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))
+        scores = logits_processor(rows.ids, logits.to(torch.float32, copy=True))
         if generation_config.do_sample:
             tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
         else:
             tokens = scores.argmax(dim=-1)
-        if pads:
-            tokens = tokens * unfinished + pad * (1 - unfinished)
-        input_ids = torch.cat((input_ids, tokens[:, None]), dim=-1)
-        unfinished = unfinished & ~criteria(input_ids, None)
-        finished = ~unfinished.view(-1, g).any(dim=1)
-        if finished.all():
-            outbox.put(input_ids.view(len(finished), g, -1), finished)
-            return outbox.sequences(0 if pad is None else int(pad))
-        if enough_to_leave(finished):
-            staying = outbox.put(input_ids.view(len(finished), g, -1), finished)
+        staying = rows.append(tokens)
+        if staying is not None:
+            if not len(staying):
+                return rows.sequences()
             steps.keep(staying)
-            rows = rows_of(staying, g)
-            input_ids, unfinished = input_ids[rows], unfinished[rows]
-        tokens = input_ids[:, -1].view(-1, g)
+        tokens = rows.ids[:, -1].view(-1, g)
         logits = steps.next(tokens, torch.arange(g, device=tokens.device).expand_as(tokens))
 
 
@@ -259,14 +275,12 @@ def beam_search(
             early_stopping,
             length_penalty,
         )
-        finished = ~improvable[:, 0] | (ended.all(dim=1) & (early_stopping is True))
-        if hits.all():
-            finished = torch.ones_like(finished)
-        if enough_to_leave(finished):
-            # A row ends where its beams do, which may be before the width of the batch.
-            rows = torch.cat((sequences, (beams != -1).sum(dim=-1, keepdim=True)), dim=-1)[:, :returned]
-            staying = outbox.put(rows, finished)
-            if finished.all():
+        finished = ~improvable[:, 0] | (ended.all(dim=1) & (early_stopping is True)) | hits.all()
+        # A row ends where its beams do, which may be before the width of the batch.
+        rows = torch.cat((sequences, (beams != -1).sum(dim=-1, keepdim=True)), dim=-1)[:, :returned]
+        staying = outbox.put(rows, finished)
+        if staying is not None:
+            if not len(staying):
                 return trimmed(outbox, prompt_length, fill)
             steps.keep(staying)
             running, running_scores, running_beams = running[staying], running_scores[staying], running_beams[staying]
@@ -294,40 +308,30 @@ def contrastive_search(
     **model_kwargs,
 ) -> torch.Tensor:
     """Contrastive search, as `generation.contrastive_search` defines it; the candidates of a source share its past."""
-    pad: Any = generation_config._pad_token_tensor
-    pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     k = min(top_k, model.config.vocab_size)
+    rows = GrowingRows(input_ids, 1, criteria, generation_config)
     steps = model.decoding_steps(input_ids, model_kwargs, k, with_states=True)
     logits = steps.begin()
     states = unit(steps.states)  # (B, t, D)
     mask = model_kwargs.get("decoder_attention_mask")
     visible = states.new_ones(states.shape[:2]).bool() if mask is None else mask[:, : states.shape[1]].bool()
-    outbox = Outbox(len(input_ids), input_ids.device)
-    unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     choice = torch.zeros(len(input_ids), 1, dtype=torch.long, device=input_ids.device)  # of the step before
     while True:
-        scores = logits_processor(input_ids, logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True))
+        scores = logits_processor(rows.ids, logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True))
         probability, candidates = scores.softmax(dim=-1).topk(k)  # (B, k)
         tried = steps.next(candidates, choice.expand(-1, k)).unflatten(0, (-1, k))  # (B, k, V)
         tried_states = unit(steps.states).unflatten(0, (-1, k)).squeeze(2)
         choice = choose(probability, tried_states, states, visible, penalty_alpha)[:, None]  # (B, 1)
-        tokens = candidates.gather(1, choice).squeeze(1)
-        if pads:
-            tokens = tokens * unfinished + pad * (1 - unfinished)
         logits = tried.gather(1, choice[:, :, None].expand(-1, -1, tried.shape[-1])).squeeze(1)
         chosen_states = tried_states.gather(1, choice[:, :, None].expand(-1, -1, states.shape[-1]))
         states = torch.cat((states, chosen_states), dim=1)
         visible = nn.functional.pad(visible, (0, 1), value=True)
-        input_ids = torch.cat((input_ids, tokens[:, None]), dim=-1)
-        unfinished = unfinished & ~criteria(input_ids, None)
-        finished = unfinished == 0
-        if enough_to_leave(finished):
-            staying = outbox.put(input_ids[:, None], finished)
-            if finished.all():
-                return outbox.sequences(0 if pad is None else int(pad))
+        staying = rows.append(candidates.gather(1, choice).squeeze(1))
+        if staying is not None:
+            if not len(staying):
+                return rows.sequences()
             steps.keep(staying)
-            input_ids, unfinished, choice = input_ids[staying], unfinished[staying], choice[staying]
-            logits, states, visible = logits[staying], states[staying], visible[staying]
+            logits, states, visible, choice = logits[staying], states[staying], visible[staying], choice[staying]
 
 
 def choose(

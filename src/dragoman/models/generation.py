@@ -26,6 +26,29 @@ from .offline_search import check_beams, constrained_beam_search, diverse_beam_s
 # Shapes: B sources, k candidates, t target tokens so far, D width of the decoder states, V target vocabulary.
 
 
+def own_or_hosts(own_loop: Callable, hosts_loop: Callable) -> Callable:
+    """A method in place of a loop of `GenerationMixin`: ours where it does the same, else the host's."""
+
+    def loop(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        what = (self, input_ids, logits_processor, stopping_criteria, generation_config)
+        if follows_own_loop(*what, model_kwargs, synced_gpus, streamer):
+            return own_loop(*what, **model_kwargs)
+        # Only the host's greedy search and sampling stream; beam search would take the argument for the model's.
+        streaming = {} if streamer is None else {"streamer": streamer}
+        return hosts_loop(*what, synced_gpus=synced_gpus, **streaming, **model_kwargs)
+
+    return loop
+
+
 class DragomanGenerationMixin(GenerationMixin):
     """Stock generation, plus the decoding modes that Transformers sent away, offline."""
 
@@ -200,40 +223,13 @@ class DragomanGenerationMixin(GenerationMixin):
         """How the loops of `decoding_loops` go through the target, as `ForwardSteps` describes it."""
         return ForwardSteps(self, prompt, model_kwargs, g, options.get("with_states", False))
 
-    def _maybe_prepare_encoder_kwargs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+    def _prepare_text_encoder_decoder_kwargs_for_generation(self, **arguments) -> dict[str, Any]:
         with ByOneDNN():
-            return super()._maybe_prepare_encoder_kwargs_for_generation(*args, **kwargs)
+            return super()._prepare_text_encoder_decoder_kwargs_for_generation(**arguments)
 
     # What `generate` calls for greedy search and sampling, and for beam search with or without sampling.
-
-    def _sample(
-        self,
-        input_ids: Any,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer=None,
-        **model_kwargs,
-    ):
-        what = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if follows_own_loop(self, *what, model_kwargs, synced_gpus, streamer):
-            return sample(self, *what, **model_kwargs)
-        return super()._sample(*what, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
-
-    def _beam_search(
-        self,
-        input_ids: Any,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        **model_kwargs,
-    ):
-        what = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if follows_own_loop(self, *what, model_kwargs, synced_gpus, None):
-            return beam_search(self, *what, **model_kwargs)
-        return super()._beam_search(*what, synced_gpus=synced_gpus, **model_kwargs)
+    _sample = own_or_hosts(sample, GenerationMixin._sample)
+    _beam_search = own_or_hosts(beam_search, GenerationMixin._beam_search)
 
     # The beams of a sentence read the same source, so its encoder states, mask and cross-attention keys exist once:
     # they are not expanded, not reordered, and cross-attention finds out from the shapes which rows share them.

@@ -561,6 +561,13 @@ class DragomanEncoderModel(DragomanPreTrainedModel):
         )
 
 
+def bucket(length: int, config: DragomanConfig) -> int:
+    """The next power of two from 32 on, but no more than the model has learned positions."""
+    longer = max(32, 1 << (length - 1).bit_length())
+    learned = config.position_embedding_type == "learned"
+    return max(length, min(longer, config.max_position_embeddings)) if learned else longer
+
+
 class DragomanForConditionalGeneration(LanguageModelHead, DragomanPreTrainedModel, DragomanGenerationMixin):
     """The model to train and to translate with: encoder, decoder and an output layer over the target vocabulary."""
 
@@ -589,6 +596,21 @@ class DragomanForConditionalGeneration(LanguageModelHead, DragomanPreTrainedMode
         if can_be_lean(self, model_kwargs):
             return TransformerSteps(self, prompt, model_kwargs, g, with_states, tree)
         return ForwardSteps(self, prompt, model_kwargs, g, with_states)
+
+    def _prepare_text_encoder_decoder_kwargs_for_generation(self, *, inputs_tensor, model_kwargs, **arguments):
+        """Runs the encoder. Beside a static cache it gets sources of few different lengths, all of them compiled for."""
+        mask = model_kwargs.get("attention_mask")
+        per_token = model_kwargs.keys() & {"position_ids", "segment_ids"}
+        static = "static" in (arguments["generation_config"].cache_implementation or "")
+        if static and mask is not None and mask.ndim == 2 and not per_token:
+            padding = bucket(mask.shape[1], self.config) - mask.shape[1]
+            model_kwargs = {**model_kwargs, "attention_mask": nn.functional.pad(mask, (0, padding))}
+            around = (0, 0) * (inputs_tensor.ndim - 2)  # embeddings have a width
+            pad = self.config.pad_token_id if inputs_tensor.ndim == 2 else 0
+            inputs_tensor = nn.functional.pad(inputs_tensor, (*around, 0, padding), value=pad)
+        return super()._prepare_text_encoder_decoder_kwargs_for_generation(
+            inputs_tensor=inputs_tensor, model_kwargs=model_kwargs, **arguments
+        )
 
     def prepare_inputs_for_generation(self, input_ids, decoder_attention_mask=None, **kwargs):
         """As the host's, and positions that do not count the padding of a prompt, which a static cache would hide."""
