@@ -598,7 +598,7 @@ class DragomanForConditionalGeneration(LanguageModelHead, DragomanPreTrainedMode
         return ForwardSteps(self, prompt, model_kwargs, g, with_states)
 
     def _prepare_text_encoder_decoder_kwargs_for_generation(self, *, inputs_tensor, model_kwargs, **arguments):
-        """Runs the encoder. Beside a static cache it gets sources of few different lengths, all of them compiled for."""
+        """Runs the encoder. Beside a static cache it gets sources of few lengths, so that few are compiled."""
         mask = model_kwargs.get("attention_mask")
         per_token = model_kwargs.keys() & {"position_ids", "segment_ids"}
         static = "static" in (arguments["generation_config"].cache_implementation or "")
