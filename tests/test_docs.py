@@ -1,5 +1,6 @@
 """The guides are true: each is followed from top to bottom, with tiny models and few steps."""
 
+import ast
 import os
 import re
 import shlex
@@ -82,6 +83,28 @@ def test_fine_tuning(tmp_path, monkeypatch):
     assert "fine-tuned from `runs/opus-en-it`" in Path("runs/opus-all/README.md").read_text()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if re.search(r"(q|k|v|o|up|down)_proj\.weight", name)}
+
+
+def test_export(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("ctranslate2", reason="needs the extra [export]")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_tokenizer(WORDS, "word")
+    torch.manual_seed(0)
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = dragoman.preset(
+        "modern", vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, **heads
+    )
+    model = dragoman.DragomanForConditionalGeneration(config)
+    model.save_pretrained("runs/quickstart")
+    tokenizer.save_pretrained("runs/quickstart")
+    for language, block in blocks("export.md"):
+        if language == "bash":
+            for line in block.splitlines():
+                assert "is now a model for" in run_line(line)
+        else:
+            exec(block, {})
+            (text,) = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
+            assert set(text.split()) <= set(WORDS)
 
 
 @pytest.mark.slow

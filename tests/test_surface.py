@@ -109,6 +109,7 @@ def test_command_line():
         "compare": ["--metric", "--references", "--samples", "a", "b"],
         "convert": ["--dtype", "--revision", "output", "source"],
         "average": ["--last", "folders"],
+        "export": ["--format", "--quantization", "model", "output"],
         "push": ["--message", "--private", "--revision", "model", "repository"],
     }
 

@@ -668,6 +668,33 @@ def average(
 
 
 @app.command(
+    short_help="Write a model for CTranslate2.",
+    epilog="""\b
+Examples:
+  dragoman export runs/quickstart runs/quickstart-ct2 --format ctranslate2 --quantization int8""",
+)
+def export(
+    model: Annotated[str, typer.Argument(help="Folder of a trained Transformer, or its name on the Hub.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    format: Annotated[str, typer.Option(help="ctranslate2.")],
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="Of ctranslate2: int8, int8_float32, int16, float16 and so on.", show_default="float32"),
+    ] = None,
+) -> None:
+    """Write a model and its tokenizer for another runtime.
+
+    docs/export.md shows how to translate with them. Needs pip install 'dragoman[export]'.
+    """
+    from dragoman.conversion import export as run
+
+    _quiet_bars()
+    folder = run(model, output, format=format, quantization=quantization)
+    megabytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
+    print(f"{model} is now a model for {format} in {folder}, {megabytes:.1f} MB")
+
+
+@app.command(
     short_help="Push a model to the Hub.",
     epilog="""\b
 Examples:

@@ -1,7 +1,8 @@
-"""Checkpoints of other encoder-decoder classes of Transformers, turned into Dragoman's."""
+"""Checkpoints of other encoder-decoder classes of Transformers, turned into Dragoman's; and ours for other runtimes."""
 
 from dragoman.conversion.convert import convert
+from dragoman.conversion.export import export
 from dragoman.conversion.families import FAMILIES
 
 
-__all__ = ["FAMILIES", "convert"]
+__all__ = ["FAMILIES", "convert", "export"]

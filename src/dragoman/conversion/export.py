@@ -1,0 +1,56 @@
+"""A trained model for other runtimes: CTranslate2."""
+
+import os
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from dragoman.inference.loading import load
+
+
+# The packages that each one needs are imported when it is asked for.
+FORMATS = {"ctranslate2": "dragoman.conversion.ctranslate2"}
+
+
+def export(model: str | Path, output: str | Path, *, format: str, quantization: str | None = None) -> Path:
+    """
+    Writes a model of the Transformer family for another runtime, with its tokenizer beside it.
+
+    Args:
+        model: folder of a saved model, or its name on the Hub.
+        output: folder to write, new or empty. It appears when all of it is written.
+        format: `ctranslate2`.
+        quantization: of CTranslate2's weights, such as `int8`; None stores them as `float32`.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: an unknown format or quantization; an output folder in use; a missing package; a model of the
+            recurrent family, or options that the runtime cannot express, all of them named.
+    """
+    output = Path(output).expanduser()
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is unknown: use {' or '.join(FORMATS)}.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is not empty: choose a new folder")
+    try:
+        runtime = import_module(FORMATS[format])
+    except ImportError as error:
+        raise ValueError(
+            f"export to {format} needs {error.name}, which is not installed: pip install 'dragoman[export]'"
+        ) from error
+    if quantization is not None and quantization not in runtime.QUANTIZATIONS:
+        allowed = " or ".join([", ".join(runtime.QUANTIZATIONS[:-1]), runtime.QUANTIZATIONS[-1]])
+        raise ValueError(f"quantization {quantization!r} is unknown to {format}: use {allowed}.")
+    loaded, processing_class = load(model, "cpu", "float32")
+    if loaded.config.model_type != "dragoman":
+        raise ValueError(
+            f"{model} is of type {loaded.config.model_type!r}: only models of the Transformer family can be exported."
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        partial = Path(scratch) / output.name
+        partial.mkdir()
+        runtime.write(partial, loaded, processing_class, quantization or "float32")
+        processing_class.save_pretrained(partial)
+        os.replace(partial, output)
+    return output
