@@ -13,13 +13,14 @@ from typer.testing import CliRunner
 
 import dragoman.cli
 from conftest import family
-from inference.tiny import learned_by_heart
+from inference.tiny import SOURCES, learned_by_heart
 
 
 pytest.importorskip("gradio", reason="the page needs the extra [demo]")
 
 from dragoman.apps import demo
 from dragoman.apps.demo import Loaded, build_page, cards, decode_all, describe, launch, numbers, settings_of
+from dragoman.data.tokenizers import train_tokenizer
 from dragoman.inference.attention_maps import forced_attention
 from dragoman.inference.translate import translate
 
@@ -49,7 +50,15 @@ def models():
         "by heart": loaded(model, tokenizer),
         "additive LSTM": loaded(attentive, tokenizer),
         "LSTM of 2014": loaded(blind, tokenizer),
+        "two languages": loaded(*bilingual()),
     }
+
+
+def bilingual():
+    torch.manual_seed(0)
+    languages = {"source_languages": ["en", "fr"], "target_languages": ["de", "it"]}
+    tokenizer = train_tokenizer(SOURCES, "word", **languages)
+    return family("modern").build(dtype=torch.float32, vocab_size=len(tokenizer)).eval(), tokenizer
 
 
 def test_four_strategies_with_what_the_sliders_say(models):
@@ -246,6 +255,26 @@ def test_sliders_reach_the_strategies(visitor, monkeypatch):
     assert [settings["num_beams"] for settings in asked] == [1, 7, 1, 1]
     assert asked[2]["temperature"] == 0.5
     assert asked[3]["penalty_alpha"] == pytest.approx(0.65)
+
+
+@in_a_browser
+@pytest.mark.slow
+def test_languages_are_chosen_where_a_model_has_them(visitor, monkeypatch):
+    asked = []
+
+    def recording(*arguments, **settings):
+        asked.append((settings["source_lang"], settings["target_lang"]))
+        return translate(*arguments, **settings)
+
+    monkeypatch.setattr(demo, "translate", recording)
+    target = visitor.get_by_label("Language of the target")
+    assert not target.is_visible()
+    visitor.get_by_label("two languages").and_(visitor.locator("[type=radio]")).first.check()
+    target.click()
+    visitor.get_by_role("option", name="it").click()
+    submit(visitor, "the moon")
+    card(visitor, "contrastive").wait_for()
+    assert set(asked) == {("en", "it")}
 
 
 @in_a_browser

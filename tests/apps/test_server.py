@@ -2,7 +2,9 @@ import asyncio
 import importlib.util
 import json
 import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -460,6 +462,34 @@ def test_mistakes_before_the_start(monkeypatch, tmp_path):
         2,
         "dragoman serve: the server needs fastapi, which is not installed: pip install 'dragoman[serve]'\n",
     )
+
+
+@pytest.mark.slow
+def test_sigterm_answers_what_was_taken_and_takes_nothing_more(tiny, tmp_path):
+    for part in tiny:
+        part.save_pretrained(tmp_path)
+    # One sentence waits a minute for company, so the signal surely comes before its answer.
+    command = [sys.executable, "-m", "dragoman.cli", "serve", str(tmp_path), "--port", "0", "--max-wait-ms", "60000"]
+    with subprocess.Popen([*command, "--timeout", "100"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = re.search(r"http://\S+", process.stdout.readline())[0]
+            answers = []
+            body = {"text": "the moon", "num_beams": 1}
+            asking = threading.Thread(
+                target=lambda: answers.append(httpx.post(f"{url}/translate", json=body, timeout=100))
+            )
+            asking.start()
+            deadline = time.monotonic() + 60
+            while "dragoman_queue_sentences 1" not in httpx.get(f"{url}/metrics", timeout=60).text:
+                assert time.monotonic() < deadline
+            process.send_signal(signal.SIGTERM)
+            asking.join(timeout=60)
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
+    assert outputs(answers[0]) == [["la luna"]]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health", timeout=5)
 
 
 @pytest.mark.slow
