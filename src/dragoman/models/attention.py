@@ -8,6 +8,7 @@ from torch import nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .fast_linear import Linear
 from .positions import leave, rotate
 
 
@@ -49,7 +50,7 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class ScaledQuery(nn.Linear):
+class ScaledQuery(Linear):
     """
     The projection to queries under an `attention_scaling` of one's own. Its initial weights are multiplied by `gain`,
     so that the scores begin as large as under the usual scaling.
@@ -73,14 +74,14 @@ class DragomanAttention(nn.Module):
         self.head_dim = getattr(config, f"{side}_head_dim")
         self.num_key_value_groups = heads // groups
         self.scaling = self.head_dim**-0.5
-        self.q_proj = nn.Linear(config.d_model, heads * self.head_dim, bias=config.attention_bias)
+        self.q_proj = Linear(config.d_model, heads * self.head_dim, bias=config.attention_bias)
         if config.attention_scaling is not None:
             gain = self.scaling / config.attention_scaling
             self.scaling = config.attention_scaling
             self.q_proj = ScaledQuery(config.d_model, heads * self.head_dim, config.attention_bias, gain)
-        self.k_proj = nn.Linear(config.d_model, groups * self.head_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.d_model, groups * self.head_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, config.d_model, bias=config.attention_bias)
+        self.k_proj = Linear(config.d_model, groups * self.head_dim, bias=config.attention_bias)
+        self.v_proj = Linear(config.d_model, groups * self.head_dim, bias=config.attention_bias)
+        self.o_proj = Linear(heads * self.head_dim, config.d_model, bias=config.attention_bias)
         self.q_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 

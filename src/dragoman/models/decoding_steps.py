@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
-from .fast_linear import PACKED_BYTES, ByOneDNN, side_by_side
+from .fast_linear import PACKED_BYTES, side_by_side
 
 
 # Shapes: B sources, g target rows per source (beams, candidates, samples), P tokens of the prompt, S source length, V
@@ -145,8 +145,7 @@ class TransformerSteps(ForwardSteps):
         self.tree = tree and g > 1
 
     def begin(self) -> torch.Tensor:
-        with ByOneDNN():
-            logits = super().begin()
+        logits = super().begin()
         decoder = self.model.model.decoder
         cache, kwargs = self.model_kwargs.pop("past_key_values"), self.model_kwargs
         # Nodes first, then heads: a node is one run of memory, to write and to move.

@@ -1,42 +1,97 @@
-"""Linear layers at the speed of the machine while `generate` runs: laid side by side, and multiplied by oneDNN."""
+"""Linear layers at the speed of the machine: multiplied by oneDNN, and while `generate` runs laid side by side."""
 
+import functools
+import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 
-# PyTorch hands single-precision products on the CPU to MKL, which oneDNN outruns about twice on CPUs that are not
-# Intel's. `torch.ops.mkldnn` has what `torch.compile` calls there; it knows no gradients.
+# PyTorch hands single-precision products on the CPU to MKL, which oneDNN outruns about twice on x86 processors that are
+# not Intel's. `torch.ops.mkldnn` has what `torch.compile` calls there; it knows no gradients, so they are written here.
 # Weights in the order in which oneDNN reads them are a second copy of the decoder's while it decodes: up to this size.
 PACKED_BYTES = 2**30
+# The first product of a shape costs oneDNN half a millisecond more. Below so many multiplications PyTorch is as good.
+FEWEST_MULTIPLICATIONS = 2**21
 
 
-def suits_onednn(weight: torch.Tensor) -> bool:
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this is an x86 processor that MKL does not know how to use, and PyTorch was built with both."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+        return False
+    information = Path("/proc/cpuinfo")
+    names = information.read_text(encoding="utf-8") if information.is_file() else platform.processor()
+    return "AuthenticAMD" in names
+
+
+def suits_onednn(*tensors: torch.Tensor) -> bool:
     return bool(
-        torch.backends.mkldnn.is_available()
+        all(
+            type(tensor) in (torch.Tensor, nn.Parameter)  # no other library's tensor, which may be a part of one
+            and tensor.device.type == "cpu"
+            and tensor.dtype == torch.float32
+            for tensor in tensors
+        )
         and torch.backends.mkldnn.enabled
-        and type(weight) in (torch.Tensor, nn.Parameter)
-        and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
+        and onednn_is_faster()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
-def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`nn.functional.linear`, with a weight as it is stored or packed."""
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`nn.functional.linear` without gradients, with a weight as it is stored or packed."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
-class ByOneDNN(TorchFunctionMode):
-    """Inside, every `nn.functional.linear` of single precision on the CPU is oneDNN's; without gradients."""
+class _OneDNNLinear(torch.autograd.Function):
+    """`nn.functional.linear` (N, K), (M, K), (M) or None -> (N, M); its gradients are such products again."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.functional.linear and not kwargs and suits_onednn(args[1]) and type(args[0]) is torch.Tensor:
-            return onednn_linear(args[0], args[1], args[2] if len(args) > 2 else None)
-        return func(*args, **(kwargs or {}))
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return onednn_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            linear(grad, weight.t()) if needs_x else None,
+            linear(grad.t(), x.t()) if needs_weight else None,
+            grad.sum(dim=0) if needs_bias else None,
+        )
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`nn.functional.linear`, gradients of any order included, by whichever library is faster: (..., K) -> (..., M)."""
+    rows = x.shape[:-1].numel()
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if rows * weight.numel() < FEWEST_MULTIPLICATIONS or weight.ndim != 2 or not suits_onednn(*tensors):
+        return nn.functional.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        outputs = _OneDNNLinear.apply(x.reshape(rows, x.shape[-1]), weight, bias)
+        return outputs.view(*x.shape[:-1], weight.shape[0])
+    return onednn_linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, which computes as `linear` does."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether the layer does what `nn.Linear` does, with a weight of its own that can be used without calling it."""
+    forward = type(layer).forward in (nn.Linear.forward, Linear.forward) and "forward" not in vars(layer)
+    return forward and type(layer.weight) in (torch.Tensor, nn.Parameter)
 
 
 def side_by_side(layers: Sequence[Any], pack: bool) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -57,8 +112,3 @@ def side_by_side(layers: Sequence[Any], pack: bool) -> Callable[[torch.Tensor], 
         weight = torch.ops.mkldnn._reorder_linear_weight(weight) if pack else weight
         return lambda x: onednn_linear(x, weight, bias)
     return lambda x: nn.functional.linear(x, weight, bias)
-
-
-def is_plain(layer: Any) -> bool:
-    """Whether the layer does what `nn.Linear` does, with weights that can be laid beside others."""
-    return type(layer).forward is nn.Linear.forward and type(layer.weight) in (torch.Tensor, nn.Parameter)

@@ -18,7 +18,6 @@ from transformers.generation import (
 from .decoding_loops import beam_search, choose, follows_own_loop, sample, unit
 from .decoding_loops import contrastive_search as contrastive_search_for_tokens
 from .decoding_steps import ForwardSteps, target_side
-from .fast_linear import ByOneDNN
 from .loss import shift_tokens_right
 from .offline_search import check_beams, constrained_beam_search, diverse_beam_search
 
@@ -222,10 +221,6 @@ class DragomanGenerationMixin(GenerationMixin):
     def decoding_steps(self, prompt: torch.Tensor, model_kwargs: dict[str, Any], g: int, **options) -> ForwardSteps:
         """How the loops of `decoding_loops` go through the target, as `ForwardSteps` describes it."""
         return ForwardSteps(self, prompt, model_kwargs, g, options.get("with_states", False))
-
-    def _prepare_text_encoder_decoder_kwargs_for_generation(self, **arguments) -> dict[str, Any]:
-        with ByOneDNN():
-            return super()._prepare_text_encoder_decoder_kwargs_for_generation(**arguments)
 
     # What `generate` calls for greedy search and sampling, and for beam search with or without sampling.
     _sample = own_or_hosts(sample, GenerationMixin._sample)

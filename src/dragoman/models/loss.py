@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .fast_linear import is_plain, linear
+
 
 # Shapes: B batch, T target length, D width of the decoder states, V target vocabulary, N real targets of the batch.
 
@@ -126,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for begin in range(0, len(labels), _rows_at_a_time(vocab_size)):
                 chunk = slice(begin, begin + _rows_at_a_time(vocab_size))
                 gold = labels[chunk, None]
-                logits = (inputs[chunk] @ matrix.t()).to(precision)
+                logits = linear(inputs[chunk], matrix).to(precision)
                 if bias is not None:
                     logits += bias
                 target = (1 - label_smoothing) * logits.gather(1, gold)
@@ -146,7 +148,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     bias_grad += gradient.sum(dim=0)
                 gradient = gradient.to(dtype)
                 if states_grad is not None:
-                    states_grad[chunk] = gradient @ matrix
+                    states_grad[chunk] = linear(gradient, matrix.t())
                 if weight_grad is not None and dtype == precision:
                     weight_grad.addmm_(gradient.t(), inputs[chunk])
                 elif weight_grad is not None:
@@ -166,9 +168,8 @@ def _rows_at_a_time(vocab_size: int) -> int:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether its weight may be used without calling it: a subclass, a hook or a replaced `forward` may do more."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not hooked and type(module.weight) is nn.Parameter
+    """Whether its weight may be used without calling it: a hook or a `forward` of its own may do more."""
+    return is_plain(module) and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _average(total: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:

@@ -29,6 +29,7 @@ from .attention import DragomanCrossAttention, DragomanSelfAttention, ScaledQuer
 from .configuration_dragoman import DragomanConfig
 from .decoding_steps import ForwardSteps, TransformerSteps, can_be_lean
 from .embeddings import DragomanScaledEmbedding, TokenTables
+from .fast_linear import Linear
 from .generation import DragomanGenerationMixin
 from .language_model_head import LanguageModelHead
 from .loss import rotate_labels
@@ -54,8 +55,8 @@ class DragomanMLP(nn.Module):
 
     def __init__(self, config: DragomanConfig, ffn_dim: int):
         super().__init__()
-        self.up_proj = nn.Linear(config.d_model, ffn_dim, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(ffn_dim, config.d_model, bias=config.mlp_bias)
+        self.up_proj = Linear(config.d_model, ffn_dim, bias=config.mlp_bias)
+        self.down_proj = Linear(ffn_dim, config.d_model, bias=config.mlp_bias)
         self.activation = ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.activation_dropout)
 
@@ -76,7 +77,7 @@ class DragomanGatedMLP(DragomanMLP):
 
     def __init__(self, config: DragomanConfig, ffn_dim: int):
         super().__init__(config, ffn_dim)
-        self.gate_proj = nn.Linear(config.d_model, ffn_dim, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.d_model, ffn_dim, bias=config.mlp_bias)
 
     def inner_projections(self) -> list[nn.Module]:
         return [self.gate_proj, self.up_proj]
@@ -577,7 +578,7 @@ class DragomanForConditionalGeneration(LanguageModelHead, DragomanPreTrainedMode
         super().__init__(config)
         self._tied_weights_keys = self.head_tie()
         self.model = DragomanModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
         # Without a length, stock generate() stops after 20 tokens. Training writes one that fits its data.
         if self.generation_config.max_length is None:

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_dragoman_rnn import DragomanRnnConfig
 from .embeddings import TokenTables
+from .fast_linear import Linear
 from .generation import DragomanGenerationMixin
 from .language_model_head import LanguageModelHead
 from .recurrent_attention import Source, Step, make_recurrence, make_rnn, run
@@ -93,7 +94,7 @@ class DragomanRnnBridge(nn.Module):
         self.projections = nn.ModuleDict(
             {
                 name: nn.ModuleList(
-                    nn.Linear(config.hidden_size, config.hidden_size) for _ in range(config.decoder_layers)
+                    Linear(config.hidden_size, config.hidden_size) for _ in range(config.decoder_layers)
                 )
                 for name in names
             }
@@ -469,7 +470,7 @@ class DragomanRnnForConditionalGeneration(LanguageModelHead, DragomanRnnPreTrain
         super().__init__(config)
         self._tied_weights_keys = self.head_tie()
         self.model = DragomanRnnModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
         # Without a length, stock generate() stops after 20 tokens. Training writes one that fits its data.
         if self.generation_config.max_length is None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .configuration_dragoman_rnn import DragomanRnnConfig
+from .fast_linear import Linear
 
 
 # Shapes: B sources, g target rows per source (beams), T target steps of this call, S source length, L layers,
@@ -86,7 +87,7 @@ class GeneralScore(DotScore):
 
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = Linear(hidden_size, hidden_size, bias=False)
 
     def keys(self, states: torch.Tensor) -> torch.Tensor:
         return self.k_proj(states)
@@ -97,9 +98,9 @@ class AdditiveScore(DotScore):
 
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size)
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, 1, bias=False)
+        self.q_proj = Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = Linear(hidden_size, 1, bias=False)
 
     def keys(self, states: torch.Tensor) -> torch.Tensor:
         return self.k_proj(states)
@@ -171,7 +172,7 @@ class AttentionAfter(Recurrence):
     def __init__(self, config: DragomanRnnConfig, context_size: int = 0):
         super().__init__(config, context_size)
         self.attention = SourceAttention(config)
-        self.combine = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.combine = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
 
     def keys(self, states: torch.Tensor) -> torch.Tensor:
         return self.attention.score.keys(states)
@@ -237,7 +238,7 @@ class ContextAsState(Recurrence):
     def __init__(self, config: DragomanRnnConfig):
         super().__init__(config)
         same = config.embedding_dim == config.hidden_size
-        self.q_proj = nn.Identity() if same else nn.Linear(config.embedding_dim, config.hidden_size)
+        self.q_proj = nn.Identity() if same else Linear(config.embedding_dim, config.hidden_size)
         self.divisor = {"source_length": by_source_length, "hidden_size": by_hidden_size}[config.context_scaling]
 
     def forward(self, inputs: torch.Tensor, state: tuple[torch.Tensor, ...], source: Source) -> Step:
