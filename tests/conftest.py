@@ -18,6 +18,18 @@ def pytest_configure(config):
     settings.load_profile(config.getoption("--hypothesis-profile") or "fast")
 
 
+# The beginning of a script: the package is installed beside the tests, so it is hidden there.
+WITHOUT_THE_PACKAGE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "dragoman":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+"""
+
 # Pairwise different, so that no mix-up of dimensions goes unseen.
 B, S, T, D, H, V = 3, 7, 5, 12, 2, 23
 BOS, PAD, EOS = 0, 1, 2

@@ -22,7 +22,7 @@ from dragoman.inference.translate import compare_strategies, translate
 from dragoman.models.pipeline_dragoman import ForcedFirstTokens
 from dragoman.training.arguments import load_experiment
 from dragoman.training.run import train, usage
-from training.experiments import SECTIONS
+from training.experiments import SECTIONS, training_section
 
 
 WORDS = {"en": ["one", "two", "three"], "it": ["uno", "due", "tre"], "de": ["eins", "zwei", "drei"]}
@@ -60,15 +60,7 @@ def run(folder: Path, rows=ROWS, **changes) -> Path:
         "model": MODELS["transformer"],
         "tokenizer": SECTIONS["tokenizer"],
         "data": {"train": data, "validation": data, "test": data},
-        "training": {
-            **SECTIONS["training"],
-            "max_steps": 2,
-            "eval_steps": 2,
-            "save_steps": 2,
-            "per_device_train_batch_size": 9,
-            "per_device_eval_batch_size": 7,
-            "output_dir": str(folder / "run"),
-        },
+        "training": training_section(folder, 2, per_device_train_batch_size=9, per_device_eval_batch_size=7),
     }
     for section, keys in changes.items():
         sections[section] = {**sections[section], **keys} if section != "model" else keys

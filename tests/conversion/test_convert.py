@@ -23,6 +23,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import dragoman.cli
+from conftest import WITHOUT_THE_PACKAGE
 from conversion.stock import case_of, converted, edit_config, parity, save
 from dragoman import DragomanForConditionalGeneration
 from dragoman.conversion import FAMILIES, checkpoint, convert
@@ -439,17 +440,12 @@ def test_a_converted_vocabulary_grows(case, tmp_path):
     torch.testing.assert_close(grown(**batch).logits, after, rtol=0, atol=1e-12)
 
 
-READER = """
-import sys
+READER = (
+    WITHOUT_THE_PACKAGE
+    + """
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-class Refuse:  # the package is installed beside the tests, so it is hidden here
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "dragoman":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Refuse())
 for path in sys.argv[1:]:
     model = AutoModelForSeq2SeqLM.from_pretrained(path, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model)
@@ -457,6 +453,7 @@ for path in sys.argv[1:]:
     result = {"logits": model(input_ids=ids, labels=ids).logits, "beams": model.generate(ids, num_beams=3)}
     torch.save(result, path + "/result.pt")
 """
+)
 
 
 def test_converted_checkpoints_load_without_the_package(tmp_path):

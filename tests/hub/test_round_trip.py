@@ -21,6 +21,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import dragoman.cli
+from conftest import WITHOUT_THE_PACKAGE
 from dragoman.evaluation.run import evaluate_model
 from dragoman.training import push as push_module
 from dragoman.training.arguments import load_experiment
@@ -128,17 +129,13 @@ def test_the_card_of_a_trained_model(world):
     assert f"{parameters:,} parameters, trained from scratch" in text
 
 
-READER = """
-import json, re, sys
+READER = (
+    WITHOUT_THE_PACKAGE
+    + """
+import json, re
 from huggingface_hub import hf_hub_download
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer, pipeline
 
-class Refuse:  # the package is installed beside the tests, so it is hidden here
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "dragoman":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Refuse())
 work = json.load(open(sys.argv[1]))
 found = {}
 for load in (
@@ -173,6 +170,7 @@ for block in re.findall("```python\\n(.*?)```", open(hf_hub_download("ada/traine
     exec(block, {})
 json.dump(found, open(sys.argv[1] + ".found", "w"))
 """
+)
 
 
 def test_it_loads_by_name_without_the_package(world, tmp_path):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 import dragoman
-from conftest import B, S, T, V, make_batch, transformer
+from conftest import WITHOUT_THE_PACKAGE, B, S, T, V, make_batch, transformer
 
 
 MODELS = Path(dragoman.__file__).parent / "models"
@@ -94,17 +94,13 @@ STRATEGIES = [
     {"penalty_alpha": 0.6, "top_k": 4},
 ]
 
-READER = """
-import json, sys
+READER = (
+    WITHOUT_THE_PACKAGE
+    + """
+import json
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-class Refuse:  # the package is installed beside the tests, so it is hidden here
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "dragoman":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Refuse())
 for path, batch, strategies in json.load(open(sys.argv[1])):
     try:
         AutoModelForSeq2SeqLM.from_pretrained(path, trust_remote_code=False)
@@ -122,6 +118,7 @@ for path, batch, strategies in json.load(open(sys.argv[1])):
     torch.save(result, f"{path}/result.pt")
     model.save_pretrained(f"{path}/again")  # and it can be passed on
 """
+)
 
 
 def test_checkpoints_load_without_the_package(tmp_path):

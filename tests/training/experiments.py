@@ -38,6 +38,12 @@ SECTIONS = {
 }
 
 
+def training_section(folder: Path, steps: int, **keys) -> dict:
+    """Of an experiment that is scored and saved once, after these steps."""
+    often = dict.fromkeys(("max_steps", "eval_steps", "save_steps"), steps)
+    return {**SECTIONS["training"], **often, "output_dir": str(folder / "run"), **keys}
+
+
 def write_pairs(path: Path, count: int, first: int = 0) -> str:
     """Pairs whose target is the source turned round."""
     rows = []

@@ -15,7 +15,7 @@ from dragoman.inference.loading import load
 from dragoman.inference.translate import translate
 from dragoman.training.arguments import load_experiment
 from dragoman.training.run import train
-from training.experiments import SECTIONS, write_experiment
+from training.experiments import SECTIONS, training_section, write_experiment
 
 
 # Pairs of the letters that the tokenizers know: every word becomes its successor.
@@ -31,16 +31,9 @@ def write(folder: Path, start: Path, rows=ROWS, **changes) -> Path:
     sections = {
         "model": {"from_pretrained": str(start), "dropout": 0.0, "label_smoothing": 0.1},
         "data": dict.fromkeys(("train", "validation", "test"), str(data)),
-        "training": {
-            **SECTIONS["training"],
-            "max_steps": 20,
-            "eval_steps": 20,
-            "save_steps": 20,
-            "logging_steps": 1,
-            "per_device_train_batch_size": 6,
-            "per_device_eval_batch_size": 4,
-            "output_dir": str(folder / "run"),
-        },
+        "training": training_section(
+            folder, 20, logging_steps=1, per_device_train_batch_size=6, per_device_eval_batch_size=4
+        ),
     }
     for section, keys in changes.items():
         sections[section] = {**sections.get(section, {}), **keys}
