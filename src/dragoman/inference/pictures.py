@@ -349,19 +349,20 @@ def draw_masks(picture: MaskPicture) -> tuple[Figure, list[str]]:
         CAUSAL: (picture.target_tokens, picture.target_tokens),
         CROSS: (picture.target_tokens, picture.source_tokens),
     }
-    real = {SELF: picture.source_real, CAUSAL: picture.target_real, CROSS: picture.source_real}
+    rows_real = {SELF: picture.source_real, CAUSAL: picture.target_real, CROSS: picture.target_real}
+    columns_real = {SELF: picture.source_real, CAUSAL: picture.target_real, CROSS: picture.source_real}
     cell, gap, top = 0.27, 0.25, 0.75
     longest = max(_longest(texts) for texts in (*picture.source_tokens, *picture.target_tokens))
     margin = 0.15 + 0.08 * longest
     sizes = {name: (mask.shape[1] * cell, mask.shape[2] * cell) for name, mask in picture.masks.items()}
     titles = {name: max(0.09 * len(name), wide) for name, (_, wide) in sizes.items()}
     tallest = max(high for high, _ in sizes.values())
-    width = max(sum(margin + wide + gap for wide in titles.values()), 6.0)
+    width = max(sum(margin + wide + gap for wide in titles.values()), 7.6)  # 7.6: the legend
     sentences = len(picture.source_tokens)
     height = top + sentences * (margin + tallest + gap)
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    colors = ["#3182bd", "#d9d9d9", "#fdae6b"]
+    colors = ["#2171b5", "#c6dbef", "#969696", "#fdae6b"]
     for sentence in range(sentences):
         left = 0.0
         for name, mask in picture.masks.items():
@@ -370,20 +371,27 @@ def draw_masks(picture: MaskPicture) -> tuple[Figure, list[str]]:
             bottom = height - top - sentence * (margin + tallest + gap) - margin - high
             axes = figure.add_axes((left / width, bottom / height, wide / width, high / height))
             hidden = ~mask[sentence]
-            padding = ~real[name][sentence][None]
-            axes.imshow(
-                np.where(hidden, np.where(padding, 1, 2), 0), cmap=ListedColormap(colors), vmin=0, vmax=2, aspect="auto"
-            )
+            in_use = rows_real[name][sentence]
+            seen = np.where(in_use[:, None], 0, 1)  # the row of a padding token may look, but nobody reads it
+            unseen = np.where(columns_real[name][sentence], 3, 2)
+            kinds = np.where(hidden, unseen, seen)
+            axes.imshow(kinds, cmap=ListedColormap(colors), vmin=0, vmax=3, aspect="auto")
             rows, columns = (texts[sentence] for texts in tokens[name])
             _label(axes, rows, columns, fonts)
             axes.tick_params(axis="x", labelrotation=90, labelsize=8)
             axes.tick_params(axis="y", labelsize=8)
+            for label, is_real in zip(axes.get_yticklabels(), in_use, strict=True):
+                label.set_color("black" if is_real else "0.55")
+            for label, is_real in zip(axes.get_xticklabels(), columns_real[name][sentence], strict=True):
+                label.set_color("black" if is_real else "0.55")
             if sentence == 0:
                 figure.text(left / width, 1 - 0.42 / height, name, fontsize=10, va="top")
             left += titles[name] + gap
-    meanings = zip(("may look", "hidden: padding", "hidden: comes later"), colors, strict=True)
+    meanings = zip(
+        ("may look", "may look, but is padding", "hidden: padding", "hidden: comes later"), colors, strict=True
+    )
     for number, (text, color) in enumerate(meanings):
-        at = 0.15 + 1.7 * number
+        at = 0.15 + 1.85 * number
         figure.text(at / width, 1 - 0.15 / height, "■", color=color, fontsize=12, va="top")
         figure.text((at + 0.2) / width, 1 - 0.17 / height, text, fontsize=9, va="top")
     return figure, missing
