@@ -90,6 +90,25 @@ def test_tokens_are_the_hosts(data):
     assert torch.equal(ours, stock), (arguments, ours, stock)
 
 
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+@pytest.mark.parametrize("name", ["modern", "bahdanau"])
+def test_beams_stop_when_the_hosts_do(name, early_stopping):
+    """
+    Every rule of stopping under penalties that favor short and long outputs, with all beams returned; stopping early
+    gives other outputs than going on.
+    """
+    model = build(next(family for family in FAMILIES if family.name == name))
+    arguments = {**source(seed=5, rows=9), "num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 14}
+    arguments |= {"early_stopping": early_stopping, "suppress_tokens": [PAD]}
+    for length_penalty in (-2.0, -0.5, 0.0, 0.7, 1.0, 2.5):
+        ours = model.generate(**arguments, length_penalty=length_penalty)
+        stock = by_the_host(pytest.MonkeyPatch.context, model, **arguments, length_penalty=length_penalty)
+        assert torch.equal(ours, stock), length_penalty
+        if length_penalty == 2.5 and early_stopping is not True:
+            arguments["early_stopping"] = True
+            assert not torch.equal(ours, model.generate(**arguments, length_penalty=length_penalty))
+
+
 @pytest.mark.parametrize("name", ["modern", "relative", "2017", "luong"])
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"penalty_alpha": 0.6, "top_k": 4}], ids=str)
 def test_long_outputs_are_the_hosts(name, settings):
