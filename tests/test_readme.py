@@ -114,7 +114,7 @@ def test_the_scripts_named_exist():
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
 
 
-@pytest.mark.parametrize("script", ["parity.py", "conformance.py"])
+@pytest.mark.parametrize("script", ["parity.py", "conformance.py", "benchmark_generation.py"])
 def test_tables_are_the_recorded_ones(script):
     command = [sys.executable, ROOT / "scripts" / script, "--show"]
     table = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
