@@ -20,9 +20,9 @@ from .decoding_steps import rows_of
 # GenerationMixin._sample and ._beam_search, which they stand in for, with generation_config._pad_token_tensor and
 # ._eos_token_tensor; ._get_top_k_continuations, ._get_running_beams_for_next_iteration, ._update_finished_beams and
 # ._check_early_stop_heuristic, the steps of a beam search; ._expand_inputs_for_generation, ._reorder_cache,
-# ._prepare_text_encoder_decoder_kwargs_for_generation, ._prepare_generation_config, and
-# ._extract_generation_mode_kwargs, which are overridden or asked; ._update_model_kwargs_for_generation and ._has_unfinished_sequences; the mark
-# _is_user_defined on a cache.
+# ._prepare_text_encoder_decoder_kwargs_for_generation, ._prepare_generation_config and
+# ._extract_generation_mode_kwargs, which are overridden or asked; ._update_model_kwargs_for_generation and
+# ._has_unfinished_sequences; the mark _is_user_defined on a cache.
 
 # Shapes: B sources still in the batch, g rows (beams, samples) per source, k candidates, t tokens so far, V vocabulary.
 
