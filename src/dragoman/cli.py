@@ -668,21 +668,22 @@ def average(
 
 
 @app.command(
-    short_help="Write a model for CTranslate2.",
+    short_help="Write a model for CTranslate2 or ONNX.",
     epilog="""\b
 Examples:
-  dragoman export runs/quickstart runs/quickstart-ct2 --format ctranslate2 --quantization int8""",
+  dragoman export runs/quickstart runs/quickstart-ct2 --format ctranslate2 --quantization int8
+  dragoman export runs/quickstart runs/quickstart-onnx --format onnx""",
 )
 def export(
     model: Annotated[str, typer.Argument(help="Folder of a trained Transformer, or its name on the Hub.")],
     output: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
-    format: Annotated[str, typer.Option(help="ctranslate2.")],
+    format: Annotated[str, typer.Option(help="ctranslate2 or onnx.")],
     quantization: Annotated[
         str | None,
         typer.Option(help="Of ctranslate2: int8, int8_float32, int16, float16 and so on.", show_default="float32"),
     ] = None,
 ) -> None:
-    """Write a model and its tokenizer for another runtime.
+    """Write a model and its tokenizer for another runtime: CTranslate2, or ONNX (onnxruntime).
 
     docs/export.md shows how to translate with them. Needs pip install 'dragoman[export]'.
     """

@@ -41,13 +41,14 @@ def test_the_command(saved, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("modern", {"format": "tflite"}, "format 'tflite' is unknown: use ctranslate2"),
+        ("modern", {"format": "tflite"}, "format 'tflite' is unknown: use ctranslate2 or onnx"),
         (
             "modern",
             {"format": "ctranslate2", "quantization": "int4"},
-            "quantization 'int4' is unknown to ctranslate2: use float32, int8, .* or bfloat16",
+            "quantization 'int4' is unknown to ctranslate2: use float32, int8, .*, bfloat16",
         ),
-        ("gru", {"format": "ctranslate2"}, "'dragoman_rnn': only models of the Transformer family can be exported"),
+        ("modern", {"format": "onnx", "quantization": "int8"}, "quantization 'int8' is unknown to onnx: use float32"),
+        ("gru", {"format": "onnx"}, "'dragoman_rnn': only models of the Transformer family can be exported"),
         ("learned", {"format": "ctranslate2"}, "CTranslate2 cannot express qk_norm=True"),
         ("nothing", {"format": "ctranslate2"}, "nothing does not exist"),
     ],

@@ -1,4 +1,4 @@
-"""A trained model for other runtimes: CTranslate2."""
+"""A trained model for other runtimes: CTranslate2, and ONNX."""
 
 import os
 from importlib import import_module
@@ -8,8 +8,11 @@ from tempfile import TemporaryDirectory
 from dragoman.inference.loading import load
 
 
-# The packages that each one needs are imported when it is asked for.
-FORMATS = {"ctranslate2": "dragoman.conversion.ctranslate2"}
+# What each one needs is imported when it is asked for, its own module last.
+FORMATS = {
+    "ctranslate2": ("ctranslate2", "dragoman.conversion.ctranslate2"),
+    "onnx": ("onnx", "onnxruntime", "onnxscript", "dragoman.conversion.onnx"),
+}
 
 
 def export(model: str | Path, output: str | Path, *, format: str, quantization: str | None = None) -> Path:
@@ -19,7 +22,7 @@ def export(model: str | Path, output: str | Path, *, format: str, quantization: 
     Args:
         model: folder of a saved model, or its name on the Hub.
         output: folder to write, new or empty. It appears when all of it is written.
-        format: `ctranslate2`.
+        format: `ctranslate2`, or `onnx` (three graphs, which `conversion/onnx.py` describes).
         quantization: of CTranslate2's weights, such as `int8`; None stores them as `float32`.
 
     Raises:
@@ -33,14 +36,15 @@ def export(model: str | Path, output: str | Path, *, format: str, quantization: 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not empty: choose a new folder")
     try:
-        runtime = import_module(FORMATS[format])
+        *_, runtime = (import_module(name) for name in FORMATS[format])
     except ImportError as error:
         raise ValueError(
             f"export to {format} needs {error.name}, which is not installed: pip install 'dragoman[export]'"
         ) from error
     if quantization is not None and quantization not in runtime.QUANTIZATIONS:
-        allowed = " or ".join([", ".join(runtime.QUANTIZATIONS[:-1]), runtime.QUANTIZATIONS[-1]])
-        raise ValueError(f"quantization {quantization!r} is unknown to {format}: use {allowed}.")
+        raise ValueError(
+            f"quantization {quantization!r} is unknown to {format}: use {', '.join(runtime.QUANTIZATIONS)}."
+        )
     loaded, processing_class = load(model, "cpu", "float32")
     if loaded.config.model_type != "dragoman":
         raise ValueError(

@@ -1,0 +1,263 @@
+"""
+A Transformer as three ONNX graphs, which `onnx_generate.py` decodes with. Batch sizes and lengths are free in all of
+them; ids and masks are int64, everything else float32:
+
+    encoder.onnx          input_ids (B, S), attention_mask (B, S) -> encoder_states (B, S, D)
+    decoder_prefill.onnx  decoder_input_ids (B, P), encoder_states, attention_mask
+                          -> logits (B, V), self_keys and self_values (L, B, G, P, d), cross_keys and cross_values
+                          (L, B, G, S, d)
+    decoder_step.onnx     decoder_input_ids (B, g), attention_mask, self_keys and self_values (L, B, g, G, t, d),
+                          cross_keys, cross_values
+                          -> logits (B, g, V), next_self_keys and next_self_values (L, B, g, G, t + 1, d)
+"""
+
+import json
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dragoman.conversion import onnx_generate
+from dragoman.data.tokenizers import ProcessingClass
+from dragoman.models.configuration_dragoman import DragomanConfig
+from dragoman.models.modeling_dragoman import DragomanForConditionalGeneration
+
+
+# Shapes: B sources, g target rows per source (beams), S source length, P tokens of the prompt, t tokens so far, D model
+# width, L decoder layers, H query heads, G key and value heads, d head width, V target vocabulary.
+
+QUANTIZATIONS = ("float32",)
+
+
+def write(
+    folder: Path, model: DragomanForConditionalGeneration, processing_class: ProcessingClass, quantization: str
+) -> None:
+    """
+    Writes the three graphs, `settings.json` with the special ids, and `onnx_generate.py`, which needs onnxruntime and
+    numpy alone.
+
+    Args:
+        folder: exists and is empty.
+        quantization: `float32`.
+
+    Raises:
+        ValueError: rotary positions that are scaled by the length of the input.
+    """
+    problems = inexpressible(model.config)
+    if problems:
+        raise ValueError(f"ONNX graphs of any length cannot express {', '.join(problems)}.")
+    config = model.config
+    sample = torch.full((2, 5), config.vocab_size - 1)
+    mask = torch.ones_like(sample)
+    with torch.no_grad():
+        encoder, prefill, step = Encoder(model).eval(), Prefill(model).eval(), Step(model).eval()
+        source = torch.full((2, 5), (config.source_vocab_size or config.vocab_size) - 1)
+        states = encoder(source, mask)
+        prompt = sample[:, :3].contiguous()
+        _, self_keys, self_values, *cross = prefill(prompt, states, mask)
+        past = [past[:, :, None].repeat(1, 1, 4, 1, 1, 1) for past in (self_keys, self_values)]
+    cross_names, past_names = ["cross_keys", "cross_values"], ["self_keys", "self_values"]
+    _export(
+        folder / "encoder.onnx",
+        encoder,
+        {"input_ids": (source, (0, 1)), "attention_mask": (mask, (0, 1))},
+        ["encoder_states"],
+    )
+    _export(
+        folder / "decoder_prefill.onnx",
+        prefill,
+        {
+            "decoder_input_ids": (prompt, (0, 1)),
+            "encoder_states": (states, (0, 1)),
+            "attention_mask": (mask, (0, 1)),
+        },
+        ["logits", *past_names, *cross_names],
+    )
+    _export(
+        folder / "decoder_step.onnx",
+        step,
+        {
+            "decoder_input_ids": (sample[:, :4].contiguous(), (0, 1)),
+            "attention_mask": (mask, (0, 1)),
+            **{name: (tensor, (1, 2, 4)) for name, tensor in zip(past_names, past, strict=True)},
+            **{name: (tensor, (1, 3)) for name, tensor in zip(cross_names, cross, strict=True)},
+        },
+        ["logits", *(f"next_{name}" for name in past_names)],
+    )
+    (folder / "settings.json").write_text(json.dumps(_settings(model), indent=2) + "\n", encoding="utf-8")
+    shutil.copy(onnx_generate.__file__, folder / "onnx_generate.py")
+
+
+def inexpressible(config: DragomanConfig) -> list[str]:
+    """The options that are not the same for every length of input, as `name=value`."""
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if config.position_embedding_type == "rotary" and rope in ("dynamic", "longrope"):
+        return [f"rope_parameters={config.rope_parameters!r}"]
+    return []
+
+
+def _export(path: Path, module: nn.Module, inputs: dict[str, tuple[torch.Tensor, tuple[int, ...]]], outputs: list[str]):
+    """One graph: its inputs by name, each a sample and the dimensions that are free."""
+    free = torch.export.Dim.DYNAMIC
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        program: Any = torch.onnx.export(
+            module,
+            tuple(sample for sample, _ in inputs.values()),
+            dynamo=True,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=tuple(dict.fromkeys(places, free) for _, places in inputs.values()),
+            verbose=False,
+        )
+    program.save(path)
+
+
+def _settings(model: DragomanForConditionalGeneration) -> dict[str, Any]:
+    """What decoding needs to know, as `model.generate()` has it."""
+    saved, config = model.generation_config, model.config
+    start = config.decoder_start_token_id if saved.decoder_start_token_id is None else saved.decoder_start_token_id
+    end = config.eos_token_id if saved.eos_token_id is None else saved.eos_token_id
+    return {
+        "decoder_start_token_id": start,
+        "eos_token_id": [] if end is None else end if isinstance(end, list) else [end],
+        "pad_token_id": config.pad_token_id if saved.pad_token_id is None else saved.pad_token_id,
+        "max_new_tokens": saved.max_new_tokens or (saved.max_length or config.max_position_embeddings) - 1,
+    }
+
+
+class Encoder(nn.Module):
+    """Source ids and mask (B, S) -> states (B, S, D)"""
+
+    def __init__(self, model: DragomanForConditionalGeneration):
+        super().__init__()
+        self.stack: Any = model.model.encoder
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        x, angles = self.stack.enter(self.stack.embed_tokens(input_ids), positions)
+        bias = hide_padding(attention_mask, x)
+        if self.stack.relative_bias is not None:
+            length = input_ids.shape[1]
+            bias = bias + self.stack.relative_bias(torch.arange(length), length)
+        for layer in self.stack.layers:
+
+            def attend(x, attention=layer.self_attn):
+                query, key, value = to_heads(attention, x, "qkv")
+                query, key = attention.turn(query, key, angles)
+                return weighted_sum(attention, query, key, value, bias)
+
+            x = layer.residual(x, layer.self_attn_norm, layer.dropout, attend)
+            x = layer.residual(x, layer.mlp_norm, layer.dropout, layer.mlp)
+        return self.stack.norm(x)
+
+
+class Decoder(nn.Module):
+    """What the first and every further step have in common."""
+
+    def __init__(self, model: DragomanForConditionalGeneration):
+        super().__init__()
+        self.model: Any = model
+
+    def run(self, ids, positions, attention_mask, past, cross, self_bias):
+        """
+        Target ids (N, T) at positions (T,), past keys and values (N, G, t, d) of each layer or nothing, those of the
+        source (B, G, S, d) -> logits (N, V) of the last ids, keys and values (L, N, G, t + T, d)
+        """
+        stack = self.model.model.decoder
+        x, angles = stack.enter(stack.embed_tokens(ids), positions[None])
+        source_bias = hide_padding(attention_mask, x)  # (B, 1, 1, S)
+        if self.model.config.attention_direction == "unidirectional":
+            ahead = torch.arange(attention_mask.shape[1]) > positions[:, None]
+            source_bias = source_bias + torch.zeros_like(ahead, dtype=x.dtype).masked_fill(ahead, lowest(x))
+        keys, values = [], []
+        for number, layer in enumerate(stack.layers):
+
+            def to_target(x, attention=layer.self_attn, number=number):
+                query, key, value = to_heads(attention, x, "qkv")
+                query, key = attention.turn(query, key, angles)
+                if past is not None:
+                    key, value = (
+                        torch.cat((old[number], new), dim=2) for old, new in zip(past, (key, value), strict=True)
+                    )
+                keys.append(key)
+                values.append(value)
+                return weighted_sum(attention, query, key, value, self_bias)
+
+            def to_source(x, attention=layer.cross_attn, number=number):
+                key, value = (part[number] for part in cross)
+                folded = x.reshape(key.shape[0], -1, x.shape[-1])  # the rows of a source share its keys
+                (query,) = to_heads(attention, folded, "q")
+                return weighted_sum(attention, query, key, value, source_bias).reshape(x.shape)
+
+            x = layer.residual(x, layer.self_attn_norm, layer.dropout, to_target)
+            x = layer.residual(x, layer.cross_attn_norm, layer.dropout, to_source)
+            x = layer.residual(x, layer.mlp_norm, layer.dropout, layer.mlp)
+        logits = self.model.lm_head(self.model.head_inputs(stack.norm(x[:, -1])))
+        return logits, torch.stack(keys), torch.stack(values)
+
+
+class Prefill(Decoder):
+    """Prompt, states and mask -> logits, and the keys and values of target and source"""
+
+    def forward(self, decoder_input_ids, encoder_states, attention_mask):
+        stack, length = self.model.model.decoder, decoder_input_ids.shape[1]
+        source = [to_heads(layer.cross_attn, encoder_states, "kv") for layer in stack.layers]
+        cross_keys, cross_values = (torch.stack(parts) for parts in zip(*source, strict=True))
+        positions = torch.arange(length)
+        ahead = positions > positions[:, None]
+        bias = torch.zeros_like(ahead, dtype=encoder_states.dtype).masked_fill(ahead, lowest(encoder_states))
+        if stack.relative_bias is not None:
+            bias = bias + stack.relative_bias(positions, length)
+        cross = (cross_keys, cross_values)
+        return (*self.run(decoder_input_ids, positions, attention_mask, None, cross, bias), *cross)
+
+
+class Step(Decoder):
+    """One more token of every row, and the keys and values so far -> logits, and the keys and values with it"""
+
+    def forward(self, decoder_input_ids, attention_mask, self_keys, self_values, cross_keys, cross_values):
+        stack, (sources, rows) = self.model.model.decoder, decoder_input_ids.shape
+        place = self_keys.shape[4]
+        positions = torch.arange(place, place + 1)
+        bias = None if stack.relative_bias is None else stack.relative_bias(positions, place + 1)
+        logits, keys, values = self.run(
+            decoder_input_ids.flatten()[:, None],
+            positions,
+            attention_mask,
+            (self_keys.flatten(1, 2), self_values.flatten(1, 2)),
+            (cross_keys, cross_values),
+            bias,
+        )
+        return (logits.unflatten(0, (sources, rows)), *(part.unflatten(1, (sources, rows)) for part in (keys, values)))
+
+
+def to_heads(attention: Any, x: torch.Tensor, parts: str) -> list[torch.Tensor]:
+    """(N, T, D) -> for each of the parts q, k, v (N, heads, T, d)"""
+    norms = {"q": attention.q_norm, "k": attention.k_norm, "v": nn.Identity()}
+    projections = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj}
+    return [norms[part](attention.split_heads(projections[part](x))) for part in parts]
+
+
+def weighted_sum(attention: Any, query, key, value, bias) -> torch.Tensor:
+    """(N, H, T, d), two (N, G, K, d), bias (N or 1, 1 or H, T or 1, K) or None -> (N, T, D)"""
+    shared = attention.num_key_value_groups
+    key, value = (x[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * attention.scaling
+    scores = scores if bias is None else scores + bias
+    return attention.o_proj((scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2))
+
+
+def hide_padding(attention_mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(B, S) -> what is added to the scores, (B, 1, 1, S)"""
+    return ((1 - attention_mask).to(x.dtype) * lowest(x))[:, None, None]
+
+
+def lowest(x: torch.Tensor) -> float:
+    """Hides a score, also if two of it are added."""
+    return torch.finfo(x.dtype).min / 4

@@ -1,0 +1,156 @@
+"""
+Greedy and beam search over the ONNX graphs of `dragoman export --format onnx`, with onnxruntime and numpy alone. A copy
+of this file lies beside the graphs.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+
+# Shapes: B sources, S source length, n beams, C candidates for the next beams, t tokens so far, V target vocabulary.
+
+
+class OnnxModel:
+    """
+    Args:
+        folder: as `dragoman export` wrote it.
+        threads: of each operator; None leaves it to onnxruntime.
+    """
+
+    def __init__(self, folder: str | Path, threads: int | None = None):
+        folder = Path(folder)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+
+        def session(name: str):
+            return onnxruntime.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+
+        self.encoder, self.prefill, self.step = map(session, ("encoder", "decoder_prefill", "decoder_step"))
+        self.settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        decoder_input_ids: Any = None,
+        num_beams: int = 1,
+        num_return_sequences: int = 1,
+        max_new_tokens: int | None = None,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+    ) -> np.ndarray:
+        """
+        What `model.generate` of Transformers gives for the same arguments.
+
+        Args:
+            input_ids, attention_mask (B, S): the sources, 0 in the mask for padding; no mask if there is none.
+            decoder_input_ids (B, P): what the outputs begin with, instead of the model's start token.
+            num_beams: 1 is greedy search.
+            num_return_sequences: of each source, the best first.
+            max_new_tokens: None takes the length saved with the model.
+
+        Returns:
+            ids (B * num_return_sequences, t), with the start token, padded at the end.
+
+        Raises:
+            ValueError: more sequences than beams.
+        """
+        if num_return_sequences > num_beams:
+            raise ValueError(f"num_return_sequences={num_return_sequences} needs as many num_beams, got {num_beams}.")
+        ids = np.asarray(input_ids, dtype=np.int64)
+        mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, dtype=np.int64)
+        start = self.settings["decoder_start_token_id"]
+        prompt = np.full((len(ids), 1), start) if decoder_input_ids is None else np.asarray(decoder_input_ids)
+        (states,) = self.encoder.run(None, {"input_ids": ids, "attention_mask": mask})
+        inputs = {"decoder_input_ids": prompt.astype(np.int64), "encoder_states": states, "attention_mask": mask}
+        logits, keys, values, cross_keys, cross_values = self.prefill.run(None, inputs)
+        past = [keys[:, :, None], values[:, :, None]]  # (L, B, 1, G, P, d)
+        source = {"attention_mask": mask, "cross_keys": cross_keys, "cross_values": cross_values}
+
+        def follow(tokens: np.ndarray, parents: np.ndarray) -> np.ndarray:
+            """Tokens (B, n), and for each the number of the row that it continues -> logits (B, n, V)"""
+            rows = parents[None, :, :, None, None, None]
+            names = ("self_keys", "self_values")
+            chosen = {name: np.take_along_axis(part, rows, axis=2) for name, part in zip(names, past, strict=True)}
+            logits, *past[:] = self.step.run(None, {"decoder_input_ids": tokens, **chosen, **source})
+            return logits
+
+        limit = self.settings["max_new_tokens"] if max_new_tokens is None else max_new_tokens
+        if num_beams == 1:
+            return self._greedy(prompt, logits, follow, limit)
+        return self._beams(
+            prompt, logits[:, None], follow, limit, num_beams, num_return_sequences, length_penalty, early_stopping
+        )
+
+    def _greedy(self, ids, logits, follow, limit: int) -> np.ndarray:
+        ends, pad = self.settings["eos_token_id"], self.settings["pad_token_id"]
+        unfinished = np.ones(len(ids), dtype=bool)
+        for left in reversed(range(limit)):
+            tokens = logits.argmax(axis=-1)
+            tokens = np.where(unfinished, tokens, pad) if ends else tokens
+            ids = np.concatenate((ids, tokens[:, None]), axis=1)
+            unfinished = unfinished & ~np.isin(tokens, ends)
+            if not left or not unfinished.any():
+                break
+            logits = follow(tokens[:, None], np.zeros((len(ids), 1), dtype=np.int64))[:, 0]
+        return ids
+
+    def _beams(self, prompt, logits, follow, limit: int, n: int, returned: int, length_penalty: float, early_stopping):
+        """As in the host library: scores are sums of log-probabilities / new tokens ** length_penalty."""
+        ends, pad = self.settings["eos_token_id"], self.settings["pad_token_id"]
+        fill = (pad or ends[0]) if ends else -1
+        running = sequences = np.repeat(prompt[:, None], n, axis=1)  # (B, n, t)
+        best = np.full(running.shape[:2], -np.inf, dtype=np.float32)
+        lengths = np.zeros(running.shape[:2], dtype=np.int64)
+        scores = np.zeros((len(prompt), 1), dtype=np.float32)  # at first there is one row
+        is_open = np.ones(len(prompt), dtype=bool)
+        for length in range(1, limit + 1):
+            totals = log_softmax(logits) + scores[:, :, None]  # (B, n, V)
+            vocabulary = totals.shape[-1]
+            totals = totals.reshape(len(prompt), -1)
+            order = np.argsort(-totals, axis=1, kind="stable")[:, : max(2, 1 + len(ends)) * n]  # (B, C)
+            top, parents, tokens = take(totals, order), order // vocabulary, order % vocabulary
+            longer = np.concatenate((take(running, parents), tokens[:, :, None]), axis=2)
+            stops = np.isin(tokens, ends) | (length == limit)
+
+            kept = stops & (np.arange(order.shape[1]) < n) & is_open[:, None]
+            final = np.where(kept, top / np.float32(length**length_penalty), -np.inf)
+            sequences = np.pad(sequences, ((0, 0), (0, 0), (0, 1)), constant_values=fill)
+            best = np.concatenate((best, final), axis=1)
+            order = np.argsort(-best, axis=1, kind="stable")[:, :n]
+            best = take(best, order)
+            sequences = take(np.concatenate((sequences, longer), axis=1), order)
+            lengths = take(np.concatenate((lengths, np.full_like(tokens, length)), axis=1), order)
+
+            goes_on = ~stops & np.isfinite(top)
+            order = np.argsort(~goes_on, axis=1, kind="stable")[:, :n]
+            running, parents = take(longer, order), take(parents, order)
+            scores = np.where(take(goes_on, order), take(top, order), -np.inf)
+            full = np.isfinite(best).all(axis=1)
+            reach = limit if early_stopping == "never" and length_penalty > 0 else length
+            hope = scores.max(axis=1) / reach**length_penalty
+            is_open &= hope > np.where(full, best[:, -1], -np.inf)
+            if early_stopping is True:
+                is_open &= ~full
+            if not is_open.any():
+                break
+            logits = follow(running[:, :, -1], parents)
+        longest = lengths[:, :returned].max() + prompt.shape[1]
+        return sequences[:, :returned, :longest].reshape(len(prompt) * returned, -1)
+
+
+def take(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """(B, n) or (B, n, t), places (B, C) -> (B, C) or (B, C, t)"""
+    return np.take_along_axis(rows, places if rows.ndim == 2 else places[:, :, None], axis=1)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
