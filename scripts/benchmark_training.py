@@ -59,7 +59,7 @@ from dragoman.training.watching import Samples
 PEERS = ("marian", "bart", "t5")
 ROWS = ("speed", "step", "memory", "quality")
 IDS: dict[str, Any] = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = 1
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class DurableTrainer(Seq2SeqTrainer):
         complete_checkpoint: writes what belongs into a checkpoint's folder besides, and at last the marker.
         average: of the weights, or None.
         divergence: looks at the gradients of each step, or None.
-        samples: of what the model makes of validation sources.
+        samples: of what the model makes of validation sources, or None.
     """
 
     args: TrainingArguments
@@ -48,7 +48,7 @@ class DurableTrainer(Seq2SeqTrainer):
         complete_checkpoint: Callable[[Path, TrainerState], None],
         average: WeightAverage | None = None,
         divergence: Divergence | None = None,
-        samples: Samples,
+        samples: Samples | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -120,6 +120,8 @@ class DurableTrainer(Seq2SeqTrainer):
             super().save_model(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Several processes share out equal numbers of rows, the last ones twice; Seq2SeqTrainer would count those.
+        self.gather_function = self.accelerator.gather_for_metrics
         with self._averaged():
             return super().evaluation_loop(*args, **kwargs)
 
@@ -147,17 +149,17 @@ class DurableTrainer(Seq2SeqTrainer):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self.shows_samples = self.args.predict_with_generate
+        self.shows_samples = self.samples is not None and self.args.predict_with_generate
         metrics = super().evaluate(*args, **kwargs)
         self.shows_samples = False
-        if self.is_world_process_zero():
+        if self.samples is not None and self.is_world_process_zero():
             folder, step = Path(str(self.args.output_dir)), self.state.global_step
             self.samples.report(folder, step, self.callback_handler.callbacks)
         return metrics
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         loss, outputs, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        if self.shows_samples and outputs is not None and labels is not None:
+        if self.samples is not None and self.shows_samples and outputs is not None and labels is not None:
             self.samples.add(inputs["input_ids"], outputs, labels)
         return loss, outputs, labels
 
