@@ -52,6 +52,10 @@ MAX_WORDS = 60
 MAX_LENGTH_RATIO = 2.2  # in characters
 MAX_UNTRANSLATED = 0.6  # share of the target's words that stand in the source too
 HELD_OUT_PERCENT = 1.5  # for validation, and as much for the test
+MIXED_LICENSES = (
+    "Each text has the license of its package's packaging: the set has mixed licenses, use it where you built it and "
+    "do not publish it."
+)
 
 
 def apt_indexes(folder: Path, *languages: str) -> Path:
@@ -178,14 +182,9 @@ def build_ddtp_en_it(folder: Path) -> dict[str, list[Row]]:
             if is_translation(source, target):
                 # Sources that differ in punctuation alone count as one.
                 rows.setdefault(" ".join(_words(source)), {"source": source, "target": target})
-    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for key, row in sorted(rows.items(), key=lambda item: sha1(item[0])):
-        splits[_held_out(key, HELD_OUT_PERCENT, HELD_OUT_PERCENT)].append(row)
-    typer.echo(
-        "The English text has the license of each package's packaging and the translations derive from it: the set has "
-        "mixed licenses, use it where you built it and do not publish it."
-    )
-    return splits
+    by_hash = sorted(rows.items(), key=lambda item: sha1(item[0]))
+    typer.echo(f"The translations derive from the English text. {MIXED_LICENSES}")
+    return _split(by_hash, HELD_OUT_PERCENT, HELD_OUT_PERCENT)
 
 
 # ---- cmudict_g2p: spelling to pronunciation ----
@@ -231,6 +230,7 @@ def build_cmudict_g2p(folder: Path) -> dict[str, list[Row]]:
 SUMMARY_SOURCE_WORDS, SUMMARY_TARGET_WORDS = (20, 220), (3, 14)
 NO_SUMMARY = re.compile(r"transitional|dummy|meta-?package", flags=re.IGNORECASE)
 SUMMARY_TEST_PERCENT, SUMMARY_VALIDATION_PERCENT = 4, 3
+SUMMARY_READ_WORDS, SUMMARY_COPIED_WORDS = 40, 10
 
 
 def download_packages(folder: Path) -> list[list[Path]]:
@@ -257,14 +257,31 @@ def build_debian_summary(folder: Path) -> dict[str, list[Row]]:
             if all(low <= size <= high for size, low, high in sizes) and not NO_SUMMARY.search(f"{target} {source}"):
                 row = {"source": source, "target": target, "package": package}
                 rows.setdefault(" ".join(_words(source)), (origins.get(package, package), row))
-    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for origin, row in sorted(rows.values(), key=lambda item: sha1(item[1]["package"])):
-        splits[_held_out(origin, SUMMARY_TEST_PERCENT, SUMMARY_VALIDATION_PERCENT)].append(row)
-    typer.echo(
-        "Each text has the license of its package's packaging: the set has mixed licenses, use it where you built it "
-        "and do not publish it."
-    )
-    return splits
+    by_hash = sorted(rows.values(), key=lambda item: sha1(item[1]["package"]))
+    typer.echo(MIXED_LICENSES)
+    return _split(by_hash, SUMMARY_TEST_PERCENT, SUMMARY_VALIDATION_PERCENT)
+
+
+def shortened(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """Sources cut after some words, with their first ones as `first_words`, on which a model can learn to copy.
+
+    What is held out and begins as a source of the training split is left out.
+    """
+    short = {
+        split: [
+            row
+            | {
+                "source": " ".join(row["source"].split()[:SUMMARY_READ_WORDS]),
+                "first_words": " ".join(row["source"].split()[:SUMMARY_COPIED_WORDS]),
+            }
+            for row in rows
+        ]
+        for split, rows in splits.items()
+    }
+    trained = {" ".join(_words(row["source"])) for row in short["train"]}
+    for split in ("validation", "test"):
+        short[split] = [row for row in short[split] if " ".join(_words(row["source"])) not in trained]
+    return short
 
 
 # ---- chatterbot_dialog: small talk, with the turns before it ----
@@ -319,6 +336,14 @@ def pip_download(folder: Path, requirement: str) -> Path:
     subprocess.run(command, check=True)
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+def _split(rows: Iterable[tuple[str, Row]], test_percent: float, validation_percent: float) -> dict[str, list[Row]]:
+    """Rows with the keys whose hashes choose their splits."""
+    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for key, row in rows:
+        splits[_held_out(key, test_percent, validation_percent)].append(row)
+    return splits
 
 
 def _held_out(key: str, test_percent: float, validation_percent: float) -> str:
@@ -416,6 +441,8 @@ def main(
                 splits = BUILDERS[name](Path(folder))
         if name is Name.cmudict_g2p:
             splits = {split: [with_pronunciations(row) for row in rows] for split, rows in splits.items()}
+        if name is Name.debian_summary:
+            splits = shortened(splits)
         check_and_write(splits, output / name)
     except (ValueError, FileNotFoundError) as error:
         typer.echo(f"error: {error}", err=True)

@@ -209,6 +209,20 @@ def test_debian_summary_is_built(script, monkeypatch, tmp_path, run):
     assert rows["a-one"][0] == rows["a-two"][0]
     assert rows["a-one"][1]["source"] == long
     assert rows["a-one"][1]["target"] == "tools for words"
+    assert rows["a-one"][1]["first_words"] == " ".join(long.split()[:10])
+
+
+def test_what_is_cut_is_not_held_out_as_well(script):
+    same, other = (" ".join(f"{word}{number}" for number in range(45)) for word in ("Word", "other"))
+    splits = {
+        "train": [{"source": same, "target": "a"}],
+        "validation": [{"source": f"{same.lower()} more", "target": "b"}],
+        "test": [{"source": other, "target": "c"}],
+    }
+    short = script.shortened(splits)
+    assert [len(rows) for rows in short.values()] == [1, 0, 1]
+    assert short["train"][0]["source"] == " ".join(same.split()[:40])
+    assert short["test"][0]["first_words"] == " ".join(other.split()[:10])
 
 
 def test_earlier_turns_stand_before_a_reply(script):
