@@ -207,8 +207,9 @@ def train(
         trainer_class: Any = Seq2SeqTrainer
         if schedule is not None:
             trainer_class = partial(
-                ScheduledSamplingTrainer, schedule=schedule, train_collator=counting, shuffle_buffer=1
-            )
+                ScheduledSamplingTrainer, schedule=schedule, train_collator=counting, shuffle_buffer=1,
+                complete_checkpoint=lambda folder, state: None,  # none is saved
+            )  # fmt: skip
         trainer = trainer_class(
             model=model, args=arguments, data_collator=counting, callbacks=[budget],
             train_dataset=board.rows(model.config, board.train if dataset is None else dataset),
