@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import os
 import signal
 import socket
 import time
@@ -447,9 +446,6 @@ def serve(
     """
     limits = limits or Limits()
     listener = _bind(host, port)  # first, because it fails in no time
-    # oneDNN keeps code for 1,024 shapes. Batches of a server have ever new ones, and memory would grow for hours; with
-    # fewer it decodes as fast. Read at the first matrix product, so before the model is loaded.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     app = create_app(*load(name, device, revision=revision), name, limits)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(limits.timeout) + 5)
     # uvicorn raises the signal again after its graceful end, for handlers like these.

@@ -1,6 +1,7 @@
 """Linear layers at the speed of the machine: multiplied by oneDNN, and while `generate` runs laid side by side."""
 
 import functools
+import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,11 @@ from torch import nn
 PACKED_BYTES = 2**30
 # The first product of a shape costs oneDNN half a millisecond more. Below so many multiplications PyTorch is as good.
 FEWEST_MULTIPLICATIONS = 2**21
+# Every new shape leaves about 0.7 MB of machine code in the caches of oneDNN and of PyTorch's bridge to it, which keep
+# 1,024 each unless told otherwise. Batches have ever new shapes, and memory would grow for hours. Both read this at the
+# first product of the process.
+for _capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_capacity, "64")
 
 
 @functools.cache
