@@ -8,8 +8,8 @@ speed    real target tokens per second of processor time, all sides at the same 
          update: ours under a token budget, the peers on random batches and on `group_by_length`
 step     forward, loss and backward on one padded batch, as a random batch is
 memory   peak of a whole step (AdamW included) at a vocabulary of 64,000, in a process of its own for each side
-quality  wall time to the validation chrF that the best peer has after so many minutes; learning rate, warm-up and
-         initial weights are searched for every side
+quality  processor time to the validation chrF that the best peer has after so many minutes of it; learning rate,
+         warm-up and initial weights are searched for every side
 
 The sides take turns; a ratio is that of neighbors, and its median and quartiles are printed. The peers get
 `accepts_loss_kwargs = False`, without which the Trainer would scale their loss twice.
@@ -380,14 +380,14 @@ class Quality(TrainerCallback):
         self.seconds, self.every = seconds, seconds / checks
         self.curve: list[tuple[float, float]] = []
         self.spent = 0.0
-        self.since = time.perf_counter()
+        self.since = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.spent += time.perf_counter() - self.since
+        self.spent += time.process_time() - self.since
         if self.spent >= self.every * (len(self.curve) + 1):
             self.curve.append((self.spent, self.score()))
         control.should_training_stop = self.spent >= self.seconds
-        self.since = time.perf_counter()
+        self.since = time.process_time()
 
     @torch.no_grad()
     def score(self) -> float:
@@ -425,7 +425,7 @@ def learn(
         )  # fmt: skip
         trainer.add_callback(quality)
         trainer.remove_callback(PrinterCallback)
-        quality.since = time.perf_counter()
+        quality.since = time.process_time()
         trainer.train()
     return quality.curve
 
@@ -439,7 +439,8 @@ def quality_rows(
         for rate, warm_up, init in itertools.product((5e-4, 1e-3, 2e-3), (100, 400), (None, sizes.d_model**-0.5))
     ]
     yield (
-        f"\n## Time to quality\n\nchrF of {sentences} validation sentences, greedy; scoring takes no time here. "
+        f"\n## Time to quality\n\nchrF of {sentences} validation sentences, greedy; minutes are those of the "
+        f"processor, without scoring. "
         f"Search: {search_minutes:g} minutes for each recipe, one seed.\n\n"
         "| side | learning rate | warm-up | initial std | chrF |\n|---|--:|--:|---|--:|"
     )
@@ -453,7 +454,7 @@ def quality_rows(
             init = "default" if recipe.init_std is None else f"{recipe.init_std:.3f}"
             yield f"| {side} | {recipe.learning_rate:g} | {recipe.warmup_steps} | {init} | {scores[recipe]:.2f} |"
         chosen[side] = max(scores, key=scores.__getitem__)
-    checks = max(math.ceil(minutes), 4)
+    checks = max(math.ceil(minutes), 8)
     curves = {
         side: [
             learn(side, chosen[side], sizes, data, pairs, 60 * minutes, seed, checks) for seed in range(1, seeds + 1)
