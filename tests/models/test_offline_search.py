@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 import reference
 from conftest import BOS, EOS, PAD, B, V, family, make_batch
 from dragoman.data.tokenizers import train_tokenizer
-from dragoman.models.offline_search import ForcedWords, constrained_beam_search, diverse_beam_search
+from dragoman.models.offline_search import ConstrainedBeamSearch, DiverseBeamSearch, ForcedWords, offline_beam_search
 
 
 DIVERSE = {"num_beams": 6, "num_beam_groups": 3, "diversity_penalty": 0.8}
@@ -25,7 +25,7 @@ def generate(model, batch, **kwargs):
 
 def direct(search, **kwargs):
     """Past the checks of `generate()`."""
-    return {"custom_generate": functools.partial(search, streamer=None, synced_gpus=False), **kwargs}
+    return {"custom_generate": functools.partial(offline_beam_search, search), **kwargs}
 
 
 def holds(tokens, word):
@@ -67,7 +67,7 @@ def test_one_group_is_beam_search(any_family, batch, early_stopping):
     model = ending(any_family, batch, num_beams=4)
     arguments = {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.7, "early_stopping": early_stopping}
     stock = generate(model, batch, **arguments, **SCORED)
-    one = direct(diverse_beam_search, num_beam_groups=1, diversity_penalty=0.0)
+    one = direct(DiverseBeamSearch, num_beam_groups=1, diversity_penalty=0.0)
     ours = generate(model, batch, **arguments, **SCORED, **one)
     assert torch.equal(ours.sequences, stock.sequences)
     assert torch.equal(ours.beam_indices, stock.beam_indices)
@@ -78,7 +78,7 @@ def test_one_group_is_beam_search(any_family, batch, early_stopping):
 def test_no_penalty_gives_equal_groups(some_model, batch):
     stock = generate(some_model, batch, num_beams=2, num_return_sequences=2).view(B, 2, -1)
     settings = {"num_beams": 6, "num_beam_groups": 3, "diversity_penalty": 0.0, "num_return_sequences": 6}
-    ours = generate(some_model, batch, **direct(diverse_beam_search, **settings)).view(B, 6, -1)
+    ours = generate(some_model, batch, **direct(DiverseBeamSearch, **settings)).view(B, 6, -1)
     assert torch.equal(ours, stock.repeat_interleave(3, dim=1))
 
 
@@ -139,7 +139,7 @@ def test_nothing_forced_is_beam_search(any_family, batch, early_stopping):
     """A word that the prompt's automaton has seen from the start forces nothing: here one of no tokens."""
     model = ending(any_family, batch, num_beams=4)
     arguments = {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.7, "early_stopping": early_stopping}
-    nothing = direct(constrained_beam_search, force_words_ids=[[[], [7]]])
+    nothing = direct(ConstrainedBeamSearch, force_words_ids=[[[], [7]]])
     assert torch.equal(generate(model, batch, **arguments, **nothing), generate(model, batch, **arguments))
 
 

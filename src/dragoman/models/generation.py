@@ -19,7 +19,7 @@ from .decoding_loops import beam_search, choose, follows_own_loop, sample, unit
 from .decoding_loops import contrastive_search as contrastive_search_for_tokens
 from .decoding_steps import ForwardSteps, target_side
 from .loss import shift_tokens_right
-from .offline_search import check_beams, constrained_beam_search, diverse_beam_search
+from .offline_search import ConstrainedBeamSearch, DiverseBeamSearch, check_beams, offline_beam_search
 
 
 # Shapes: B sources, k candidates, t target tokens so far, D width of the decoder states, V target vocabulary.
@@ -378,6 +378,6 @@ def _select_rows(outputs, rows: torch.Tensor):
 # with ids (B * beams, t), and returns sequences or a dictionary as the host's loops do.
 OFFLINE_LOOPS: dict[GenerationMode, Callable] = {
     GenerationMode.CONTRASTIVE_SEARCH: contrastive_search,
-    GenerationMode.GROUP_BEAM_SEARCH: diverse_beam_search,
-    GenerationMode.CONSTRAINED_BEAM_SEARCH: constrained_beam_search,
+    GenerationMode.GROUP_BEAM_SEARCH: functools.partial(offline_beam_search, DiverseBeamSearch),
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: functools.partial(offline_beam_search, ConstrainedBeamSearch),
 }

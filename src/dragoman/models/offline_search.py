@@ -17,7 +17,8 @@ from .decoding_steps import ForwardSteps
 # target vocabulary, W forms of all forced words.
 
 
-def diverse_beam_search(
+def offline_beam_search(
+    search_class: Callable[..., "DiverseBeamSearch | ConstrainedBeamSearch"],
     model: Any,
     input_ids: Any,
     logits_processor: LogitsProcessorList,
@@ -28,50 +29,101 @@ def diverse_beam_search(
     synced_gpus: bool = False,
     **model_kwargs,
 ):
+    """
+    The loop of both searches.
+
+    Args and result as for the loops of `GenerationMixin`; `input_ids` are (B * n, t).
+    """
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("diverse and constrained beam search need the whole target prefix: pass no filled cache.")
+    n, device = generation_config.num_beams, input_ids.device
+    search = search_class(model, input_ids.view(-1, n, input_ids.shape[-1]), generation_config, stopping_criteria)
+    beams = search.beams
+    what = (model, input_ids, logits_processor, stopping_criteria, generation_config)
+    if follows_own_loop(*what, model_kwargs, synced_gpus, streamer):
+        steps = model.decoding_steps(input_ids[::n], one_row_per_source(model_kwargs, n), n)
+    else:
+        steps = RowSteps(model, input_ids, model_kwargs, n)
+    asked = generation_config.return_dict_in_generate
+    all_scores: Any = () if asked and generation_config.output_scores else None
+    all_logits: Any = () if asked and generation_config.output_logits else None
+
+    ids: Any
+    step, ids, done = steps.begin, input_ids, False
+    while model._has_unfinished_sequences(done, synced_gpus, device=device):
+        logits = step()
+        if done:  # here, but not in another process
+            continue
+        logits = logits.repeat_interleave(len(ids) // len(logits), dim=0).to(torch.float32)
+        log_probabilities = logits_processor(ids, logits.log_softmax(dim=-1))
+        used = search.extend(log_probabilities.unflatten(0, (-1, n)))
+        all_logits = all_logits if all_logits is None else (*all_logits, logits)
+        all_scores = all_scores if all_scores is None else (*all_scores, used.flatten(0, 1))
+        done = not torch.stack([group.open for group in beams]).any()
+        running = torch.cat([group.running for group in beams], dim=1)
+        parents = torch.cat([group.parents + place * group.w for place, group in enumerate(beams)], dim=1)
+        ids = running.flatten(0, 1)
+        step = functools.partial(steps.next, running[:, :, -1], parents)
+
+    returned = generation_config.num_return_sequences or 1
+    search.check_found(returned)
+    scores, best = torch.cat([group.ended_scores for group in beams], dim=1).sort(dim=1, descending=True, stable=True)
+    scores, best = scores[:, :returned].flatten(), best[:, :returned]
+    sequences: Any
+    history: Any
+    sequences = gather(torch.cat([group.sequences for group in beams], dim=1), best).flatten(0, 1)
+    history = gather(torch.cat([group.ended_history for group in beams], dim=1), best).flatten(0, 1)
+    longest = int((history != -1).sum(dim=1).max())
+    sequences, history = sequences[:, : input_ids.shape[1] + longest], history[:, :longest]
+    if not asked:
+        return sequences
+    return GenerateBeamEncoderDecoderOutput(
+        sequences=sequences,
+        sequences_scores=scores if generation_config.output_scores else None,
+        scores=all_scores,
+        logits=all_logits,
+        beam_indices=history,
+        past_key_values=steps.model_kwargs.get("past_key_values"),
+    )
+
+
+class DiverseBeamSearch:
     """
     Diverse beam search (Vijayakumar 2016, algorithm 1) with the Hamming diversity of its section 4: `num_beam_groups`
     groups of beams take a step one after another, and every beam of an earlier group that has just been continued with
     a token costs that token `diversity_penalty` in the log-probabilities of a later group. A beam that ends costs
     nothing. The scores hold these costs. The results of all groups are sorted together.
-
-    Args and result as for the loops of `GenerationMixin`; `input_ids` are (B * n, t).
     """
-    groups, penalty = generation_config.num_beam_groups, generation_config.diversity_penalty
-    n = generation_config.num_beams
-    w = n // groups
-    prompts = input_ids.view(-1, n, input_ids.shape[-1])
-    beams = [Beams(prompts[:, :w], generation_config, stopping_criteria, n, first=group * w) for group in range(groups)]
-    ends = generation_config._eos_token_tensor
 
-    def extend(log_probabilities: torch.Tensor) -> torch.Tensor:
+    def __init__(
+        self, model: Any, prompts: torch.Tensor, config: GenerationConfig, stopping_criteria: StoppingCriteriaList
+    ):
+        self.penalty, self.ends = config.diversity_penalty, config._eos_token_tensor
+        n = prompts.shape[1]
+        self.w = w = n // config.num_beam_groups
+        self.beams = [Beams(prompts[:, :w], config, stopping_criteria, n, first) for first in range(0, n, w)]
+
+    def extend(self, log_probabilities: torch.Tensor) -> torch.Tensor:
+        """Takes a step with processed log-probabilities (B, n, V) -> those that it used."""
         costs = torch.zeros_like(log_probabilities[:, 0])  # (B, V)
         used = []
-        for group, of_group in zip(beams, log_probabilities.split(w, dim=1), strict=True):
+        for group, of_group in zip(self.beams, log_probabilities.split(self.w, dim=1), strict=True):
             used.append(of_group - costs[:, None])
             scores, parents, tokens = best_continuations(used[-1] + group.scores[:, :, None], group.candidates)
             goes_on = scores.isfinite() & group.open[:, None]
-            if ends is not None:
-                goes_on &= ~torch.isin(tokens, ends)
-            places = first(goes_on, w)
-            costs.scatter_add_(1, tokens.gather(1, places), penalty * goes_on.gather(1, places).to(costs.dtype))
-            group.extend(scores, parents, tokens, torch.arange(scores.shape[1], device=scores.device) < w)
+            if self.ends is not None:
+                goes_on &= ~torch.isin(tokens, self.ends)
+            places = first(goes_on, self.w)
+            costs.scatter_add_(1, tokens.gather(1, places), self.penalty * goes_on.gather(1, places).to(costs.dtype))
+            group.extend(scores, parents, tokens, torch.arange(scores.shape[1], device=scores.device) < self.w)
         return torch.cat(used, dim=1)
 
-    what = (model, input_ids, logits_processor, stopping_criteria, generation_config)
-    return run(*what, model_kwargs, synced_gpus, beams, extend)
+    def check_found(self, returned: int):
+        """Whatever there is will do."""
 
 
-def constrained_beam_search(
-    model: Any,
-    input_ids: Any,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    *,
-    streamer=None,
-    synced_gpus: bool = False,
-    **model_kwargs,
-):
+class ConstrainedBeamSearch:
     """
     Beam search for the best outputs that hold every one of `force_words_ids`, each somewhere among the new tokens and
     in one piece; of a word with several forms (a list of lists) any one will do.
@@ -81,28 +133,30 @@ def constrained_beam_search(
     first. Candidates are the best continuations, the best of each beam, and the tokens that a forced word wants next.
     A hypothesis that could not bring in the rest before `max_length` is dropped, and none may end before it has them.
 
-    Args and result as for the loops of `GenerationMixin`; `input_ids` are (B * n, t).
-
     Raises:
         ValueError: the words are longer than `max_length` allows, or another setting forbids one of their tokens.
     """
-    n, max_length = generation_config.num_beams, int(generation_config.max_length)
-    prompts = input_ids.view(-1, n, input_ids.shape[-1])
-    beams = Beams(prompts, generation_config, stopping_criteria, n)
-    ends = generation_config._eos_token_tensor
-    words = ForcedWords(generation_config.force_words_ids, model.config.vocab_size, input_ids.device)
-    if words.total > max_length - prompts.shape[-1]:
-        raise ValueError(
-            f"force_words_ids have {words.total} tokens, but max_length={max_length} leaves room for "
-            f"{max_length - prompts.shape[-1]} new ones: allow more, or force fewer."
-        )
-    states = words.begin(*prompts.shape[:2])
 
-    def extend(log_probabilities: torch.Tensor) -> torch.Tensor:
-        nonlocal states
+    def __init__(
+        self, model: Any, prompts: torch.Tensor, config: GenerationConfig, stopping_criteria: StoppingCriteriaList
+    ):
+        self.max_length, self.ends = int(config.max_length), config._eos_token_tensor
+        self.beams = [Beams(prompts, config, stopping_criteria, prompts.shape[1])]
+        self.words = ForcedWords(config.force_words_ids, model.config.vocab_size, prompts.device)
+        if self.words.total > self.max_length - prompts.shape[-1]:
+            raise ValueError(
+                f"force_words_ids have {self.words.total} tokens, but max_length={self.max_length} leaves room for "
+                f"{self.max_length - prompts.shape[-1]} new ones: allow more, or force fewer."
+            )
+        self.states = self.words.begin(*prompts.shape[:2])
+
+    def extend(self, log_probabilities: torch.Tensor) -> torch.Tensor:
+        """Takes a step with processed log-probabilities (B, n, V) -> those that it used."""
+        words, states = self.words, self.states
+        (beams,) = self.beams
         totals = log_probabilities + beams.scores[:, :, None]  # (B, n, V)
-        if ends is not None:
-            early = torch.zeros_like(totals, dtype=torch.bool).index_fill_(2, ends, True)
+        if self.ends is not None:
+            early = torch.zeros_like(totals, dtype=torch.bool).index_fill_(2, self.ends, True)
             totals = totals.masked_fill(early & (words.needed(states) > 0)[:, :, None], -torch.inf)
         best = totals.argmax(dim=-1, keepdim=True)  # (B, n, 1)
         wanted = torch.zeros_like(totals, dtype=torch.bool).scatter_(2, words.next_tokens(states, best), True)
@@ -112,27 +166,25 @@ def constrained_beam_search(
         scores, parents, tokens = best_continuations(totals, int(wanted.sum(dim=1).max()))
         after = words.advance(gather(states, parents), tokens)  # (B, C, W)
         needed = words.needed(after)
-        scores = scores.masked_fill(needed > max_length - beams.running.shape[-1] - 1, -torch.inf)
+        scores = scores.masked_fill(needed > self.max_length - beams.running.shape[-1] - 1, -torch.inf)
         ranks = ranks_in_bank(needed, scores.isfinite(), words.total + 1)
         turns = (ranks * (words.total + 1) + needed).masked_fill(scores.isinf(), torch.iinfo(needed.dtype).max)
         order = turns.argsort(dim=1, stable=True)
         scores, parents, tokens = (part.gather(1, order) for part in (scores, parents, tokens))
-        complete = (needed == 0) & (ranks < n)
+        complete = (needed == 0) & (ranks < beams.w)
         kept = beams.extend(scores, parents, tokens, complete.gather(1, order))
-        states = gather(after, order.gather(1, kept))
+        self.states = gather(after, order.gather(1, kept))
         return log_probabilities
 
-    what = (model, input_ids, logits_processor, stopping_criteria, generation_config)
-    result = run(*what, model_kwargs, synced_gpus, [beams], extend)
-    returned = generation_config.num_return_sequences or 1
-    found = int(beams.ended_scores.isfinite().sum(dim=1).min())
-    if found < returned:
-        raise ValueError(
-            f"only {found} of num_return_sequences={returned} outputs of at most max_length={max_length} tokens hold "
-            "all of force_words_ids: another setting forbids one of their tokens or stops too early, or leaves no room "
-            "for more outputs."
-        )
-    return result
+    def check_found(self, returned: int):
+        (beams,) = self.beams
+        found = int(beams.ended_scores.isfinite().sum(dim=1).min())
+        if found < returned:
+            raise ValueError(
+                f"only {found} of num_return_sequences={returned} outputs of at most max_length={self.max_length} "
+                "tokens hold all of force_words_ids: another setting forbids one of their tokens or stops too early, "
+                "or leaves no room for more outputs."
+            )
 
 
 class Beams:
@@ -283,72 +335,6 @@ class RowSteps(ForwardSteps):
         cache = self.model_kwargs.get("past_key_values")
         if cache is not None:
             self.model_kwargs["past_key_values"] = self.model._reorder_cache(cache, rows)
-
-
-def run(
-    model: Any,
-    input_ids: torch.Tensor,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-    synced_gpus: bool,
-    beams: list[Beams],
-    extend: Callable[[torch.Tensor], torch.Tensor],
-):
-    """
-    The loop of both searches. `extend` is given processed log-probabilities (B, n, V), takes a step with the beams, and
-    gives back the log-probabilities that it used.
-    """
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("diverse and constrained beam search need the whole target prefix: pass no filled cache.")
-    n, device = config.num_beams, input_ids.device
-    shared = follows_own_loop(model, input_ids, processors, criteria, config, model_kwargs, synced_gpus, None)
-    if shared:
-        steps = model.decoding_steps(input_ids[::n], one_row_per_source(model_kwargs, n), n)
-    else:
-        steps = RowSteps(model, input_ids, model_kwargs, n)
-    asked = config.return_dict_in_generate
-    all_scores: Any = () if asked and config.output_scores else None
-    all_logits: Any = () if asked and config.output_logits else None
-
-    ids: Any
-    step, ids, done = steps.begin, input_ids, False
-    while model._has_unfinished_sequences(done, synced_gpus, device=device):
-        logits = step()
-        if done:  # here, but not in another process
-            continue
-        logits = logits.repeat_interleave(len(ids) // len(logits), dim=0).to(torch.float32)
-        log_probabilities = processors(ids, logits.log_softmax(dim=-1))
-        used = extend(log_probabilities.unflatten(0, (-1, n)))
-        all_logits = all_logits if all_logits is None else (*all_logits, logits)
-        all_scores = all_scores if all_scores is None else (*all_scores, used.flatten(0, 1))
-        done = not torch.stack([group.open for group in beams]).any()
-        running = torch.cat([group.running for group in beams], dim=1)
-        parents = torch.cat([group.parents + place * group.w for place, group in enumerate(beams)], dim=1)
-        ids = running.flatten(0, 1)
-        step = functools.partial(steps.next, running[:, :, -1], parents)
-
-    returned = config.num_return_sequences or 1
-    scores, best = torch.cat([group.ended_scores for group in beams], dim=1).sort(dim=1, descending=True, stable=True)
-    scores, best = scores[:, :returned].flatten(), best[:, :returned]
-    sequences: Any
-    history: Any
-    sequences = gather(torch.cat([group.sequences for group in beams], dim=1), best).flatten(0, 1)
-    history = gather(torch.cat([group.ended_history for group in beams], dim=1), best).flatten(0, 1)
-    longest = int((history != -1).sum(dim=1).max())
-    sequences, history = sequences[:, : input_ids.shape[1] + longest], history[:, :longest]
-    if not asked:
-        return sequences
-    return GenerateBeamEncoderDecoderOutput(
-        sequences=sequences,
-        sequences_scores=scores if config.output_scores else None,
-        scores=all_scores,
-        logits=all_logits,
-        beam_indices=history,
-        past_key_values=steps.model_kwargs.get("past_key_values"),
-    )
 
 
 def best_continuations(totals: torch.Tensor, count: int):
