@@ -146,7 +146,7 @@ async def load_run(url: str, pid: int, rows: list[tuple[str, dict, str]], client
 
 
 def serve_and_load(model: str, rows: list[tuple[str, dict, str]], clients: int, seconds: float, *options: str) -> Run:
-    command = [sys.executable, "-m", "dragoman.cli", "serve", model, "--port", "0", *options]
+    command = [sys.executable, "-m", "dragoman", "serve", model, "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             ready = re.search(r"http://\S+", server.stdout.readline())

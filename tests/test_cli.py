@@ -291,7 +291,7 @@ def test_the_versions():
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_for_the_shell(shell):
-    command = [sys.executable, "-m", "dragoman.cli", "--show-completion", shell]
+    command = [sys.executable, "-m", "dragoman", "--show-completion", shell]
     # otherwise Typer takes the shell that runs the tests, and the option no value
     environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -346,7 +346,7 @@ def test_the_installed_command():
 
 @pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(model):
-    generate = f"{sys.executable} -m dragoman.cli generate {model} --max-new-tokens 1"
+    generate = f"{sys.executable} -m dragoman generate {model} --max-new-tokens 1"
     command = f"yes 'uno due' | head -n 9999 | {generate} | head -n 1"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert result.stdout.count("\n") == 1

@@ -49,7 +49,7 @@ def run(folder: Path, command: str, **variables: str) -> str:
         shorter += " training.metric_for_best_model=loss training.num_train_epochs=1"
         if "output_dir" not in command and "languages" not in command:
             shorter += f" training.output_dir=runs/{'resumed' if '--resume' in command else 'again'}"
-    program = f"{shlex.quote(sys.executable)} -m dragoman.cli"
+    program = f"{shlex.quote(sys.executable)} -m dragoman"
     process = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", shorter.replace("dragoman", program, 1)],
         cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True, timeout=240,
@@ -63,7 +63,7 @@ def answers(folder: Path, command: str) -> bool:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [sys.executable, "-m", "dragoman.cli", *shlex.split(command)[1:], "--port", str(port)]
+    arguments = [sys.executable, "-m", "dragoman", *shlex.split(command)[1:], "--port", str(port)]
     with subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
         address = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())[0]
         with urllib.request.urlopen(address, timeout=30) as page:

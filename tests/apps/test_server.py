@@ -469,7 +469,7 @@ def test_sigterm_answers_what_was_taken_and_takes_nothing_more(tiny, tmp_path):
     for part in tiny:
         part.save_pretrained(tmp_path)
     # One sentence waits so long for company that the signal surely comes before its answer.
-    command = [sys.executable, "-m", "dragoman.cli", "serve", str(tmp_path), "--port", "0", "--max-wait-ms", "8000"]
+    command = [sys.executable, "-m", "dragoman", "serve", str(tmp_path), "--port", "0", "--max-wait-ms", "8000"]
     with subprocess.Popen([*command, "--timeout", "100"], stdout=subprocess.PIPE, text=True) as process:
         try:
             url = re.search(r"http://\S+", process.stdout.readline())[0]

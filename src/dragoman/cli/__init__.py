@@ -1,0 +1,55 @@
+"""The `dragoman` command: parse, call, nothing else. A file for the commands of each folder of the package.
+
+A mistake of the user's is one sentence on standard error and exit status 2; Ctrl-C ends with 130.
+"""
+
+from importlib.metadata import version as version_of
+from typing import Annotated
+
+import typer
+
+from dragoman.cli import apps, checkpoints, evaluation, inference, training
+from dragoman.cli.terminal import Commands
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        for package in ("dragoman", "transformers", "torch"):
+            print(package, version_of(package))
+        raise typer.Exit()
+
+
+app = typer.Typer(cls=Commands, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback(
+    invoke_without_command=True,
+    epilog="""\b
+Examples:
+  dragoman train configs/quickstart.yaml
+  echo "Open the settings page" | dragoman generate runs/quickstart
+
+"dragoman COMMAND --help" explains a command. Mistakes are answered in one
+sentence and with exit status 2.""",
+)
+def dragoman(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Versions of dragoman, transformers and torch."
+        ),
+    ] = False,
+) -> None:
+    """Train, use and score encoder-decoder models: translation, summarization, dialogue, text to text."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+for group in (training, inference, evaluation, apps, checkpoints):
+    app.add_typer(group.commands)
+
+
+def main() -> None:
+    """Entry point of the `dragoman` command."""
+    app()
