@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def test_no_bars_in_a_file(tmp_path):
         "train", write_experiment(tmp_path), "training.disable_tqdm=false", "training.max_steps=3"
     )
     assert result.stderr == ""
-    assert re.search(r"^epoch 0\.50, step 3: loss \d", result.stdout, re.MULTILINE)
+    assert re.search(r"^epoch 0\.50 of 1, step 3 of 3: loss \d", result.stdout, re.MULTILINE)
     assert "{'loss'" not in result.stdout
 
 
@@ -79,7 +80,8 @@ def test_train_twice_needs_a_decision(tmp_path, model):
         ),
         (["train"], "dragoman train: missing argument 'config'; "),
         (["evaluate", "x", "y", "--batch-size", "0"], "dragoman evaluate: invalid value for '--batch-size': "),
-        (["translate"], "dragoman: no such command: translate; the nearest valid one is "),
+        (["trian"], "dragoman: no such command: trian; the nearest valid one is train\n"),
+        (["translate"], "dragoman: no such command: translate; the nearest valid one is generate\n"),
         (["--versoin"], "dragoman: no such option: --versoin; the nearest valid one is --version\n"),
         (["score", "x", "nowhere.jsonl"], "dragoman score: nowhere.jsonl does not exist in "),
         (["compare", "x.txt", "nowhere.txt"], "dragoman compare: x.txt does not exist in "),
@@ -190,7 +192,8 @@ def test_evaluate_writes_predictions_and_scores(model, tmp_path):
     ("arguments", "sentence"),
     [
         (["--top-p", "0.9"], "`top_p`: `do_sample` is not set to `True`"),
-        (["--top-p", "3", "--do-sample"], "--top_p must be greater than 0 and at most 1, got 3"),
+        (["--temperature", "0.7"], "You should set `do_sample=True` or unset `temperature`.\n"),
+        (["--top-p", "3", "--do-sample"], "--top-p must be greater than 0 and at most 1, got 3"),
         (
             ["--nbest", "3"],
             "num_return_sequences=3 (--nbest) needs num_beams (--num-beams) of at least 3, or do_sample",
@@ -208,6 +211,39 @@ def test_generation_options_that_cannot_work_are_one_line(model, arguments, sent
     assert result.exit_code == 2
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "sentence"),
+    [
+        ("model.safetensors", 1000, "the weights in {folder} are damaged or incomplete ("),
+        ("tokenizer.json", 1, "the tokenizer in {folder} cannot be loaded: a file is damaged: "),
+        ("tokenizer.json", None, "the tokenizer in {folder} cannot be loaded: tokenizer.json is missing, "),
+    ],
+)
+def test_damaged_models_are_one_line(model, tmp_path, name, kept, sentence):
+    folder = shutil.copytree(model, tmp_path / "damaged")
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if kept is not None:
+        (folder / name).write_bytes(content[:kept])
+    result = dragoman_command("generate", folder, text="uno\n")
+    assert result.exit_code == 2
+    assert f"dragoman generate: {sentence.format(folder=folder)}" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_what_is_no_text_or_no_folder_is_one_line(model, tmp_path):
+    (tmp_path / "file").write_bytes(b"\xff\xfe")
+    result = dragoman_command("train", tmp_path / "file")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith(f"dragoman train: {tmp_path}/file: not a text file in UTF-8 (byte 1)")
+    result = dragoman_command("masks", model, "uno", "--out", tmp_path / "file" / "masks.png")
+    assert result.exit_code == 2
+    assert result.stderr == f"dragoman masks: {tmp_path}/file: File exists\n"
+    result = dragoman_command("generate", model, text="uno\nd\0e\n")
+    assert result.exit_code == 2
+    assert result.stderr == "dragoman generate: standard input:2: the line has a NUL character, so this is no text\n"
 
 
 def test_more_options_of_generate(model):

@@ -125,7 +125,8 @@ _Loader.add_implicit_resolver(
 def parse_mapping(text: str, where: str) -> dict[str, Any]:
     mapping = parse_yaml(text, where)
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"{where}: expected 'key: value' lines, got {mapping!r}")
+        found = "but there are none" if mapping is None else f"got {mapping!r}"
+        raise ValueError(f"{where}: expected 'key: value' lines, {found}")
     return dict(mapping)
 
 
@@ -133,4 +134,5 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not valid YAML: {one_line(error)}") from error
+        problem = one_line(error).replace('in "<unicode string>", ', "in ")
+        raise ValueError(f"{where}: not valid YAML: {problem}") from error

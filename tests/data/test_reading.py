@@ -130,7 +130,7 @@ def test_loaded_datasets_that_are_no_pairs(dataset, message):
 
 def test_a_stream_of_a_loaded_dataset_checks_its_rows():
     stream = Dataset.from_dict({"source": ["a", None], "target": ["b", "c"]}).to_iterable_dataset()
-    with pytest.raises(ValueError, match="row 2: the value of 'source' is a NoneType instead of a string"):
+    with pytest.raises(ValueError, match="row 2: the value of 'source' is of type NoneType, not a string"):
         list(read_pairs(stream))
 
 
@@ -145,7 +145,7 @@ GOOD = b'{"source": "a", "target": "b"}\n'
         ("p.jsonl", GOOD + b"\n", r"p\.jsonl:2: not a JSON object: the line is empty"),
         ("p.jsonl", GOOD + b'["a", "b"]\n', r"p\.jsonl:2: not a JSON object: the line holds a list"),
         ("p.jsonl", GOOD + b'{"source": "a", "tgt": "b"}', r"p\.jsonl:2: no key 'target' \(the row has source, tgt\)"),
-        ("p.jsonl", b'{"source": 3, "target": "b"}', r"p\.jsonl:1: the value of 'source' is a int instead of a string"),
+        ("p.jsonl", b'{"source": 3, "target": "b"}', r"p\.jsonl:1: the value of 'source' is of type int, not a string"),
         ("p.jsonl", b'{"source": "\\uD83D", "target": "b"}', r"p\.jsonl:1: the value of 'source' holds half of a"),
         ("p.jsonl", GOOD + b'{"source": "\xe8"}', r"p\.jsonl:2: not UTF-8 \(byte 13 of the line is 0xe8\)"),
         ("p.jsonl", b"", r"p\.jsonl: the file holds no pairs"),

@@ -358,7 +358,7 @@ class TestStrategies:
         for name in ("_sample", "_beam_search"):
             monkeypatch.setattr(type(model), name, spied(name, getattr(type(model), name)))
         for mode, loop in OFFLINE_LOOPS.items():
-            monkeypatch.setitem(OFFLINE_LOOPS, mode, spied(loop.__name__, loop))
+            monkeypatch.setitem(OFFLINE_LOOPS, mode, spied(mode.value, loop))
         outputs = compare_strategies(model, tokenizer, SOURCES[:2], scores=False)
         assert list(outputs) == ["greedy", "beam", "sampling", "contrastive"]
         assert modes == [

@@ -15,6 +15,10 @@ from typer.core import TyperGroup
 UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 
 
+# What people look for, and under which name they find it.
+_OTHER_NAMES = dict.fromkeys(("translate", "summarize", "predict", "decode", "inference"), "generate")
+
+
 class Commands(TyperGroup):
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _one_sentence_for_errors(lambda: "dragoman"):
@@ -37,7 +41,10 @@ def _one_sentence_for_errors(command: Callable[[], str]) -> Iterator[None]:
         _complain(f"{command()}: {_usage_message(error)}")
         raise typer.Exit(2) from error
     except (ValueError, OSError) as error:
-        _complain(f"{command()}: {' '.join(str(error).split())}")
+        sentence = str(error)
+        if isinstance(error, OSError) and error.filename is not None:  # "[Errno 2] No such file ...", of Python
+            sentence = f"{error.filename}: {error.strerror}"
+        _complain(f"{command()}: {' '.join(sentence.split())}")
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         print(f"{command()}: {str(error) or 'interrupted'}", file=sys.stderr)
@@ -60,7 +67,8 @@ def _usage_message(error: Any) -> str:
     kind, name = unknown.groups()
     options = [option for parameter in error.ctx.command.params for option in parameter.opts if option.startswith("-")]
     valid = [*options, "--help"] if kind == "option" else list(error.ctx.command.commands)
-    return f"no such {kind}: {name}; the nearest valid one is {nearest(name, valid)}"
+    closest = _OTHER_NAMES.get(name) or nearest(name, valid)
+    return f"no such {kind}: {name}; the nearest valid one is {closest}"
 
 
 def quiet_bars() -> None:

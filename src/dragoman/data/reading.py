@@ -325,7 +325,7 @@ def _named_pair(row: Mapping[str, Any], columns: tuple[str, str], where: str) ->
                 raise ValueError(f"{where}: no key {column!r} (the row has {', '.join(map(str, row))})")
             value = value[part]
         if not isinstance(value, str):
-            raise ValueError(f"{where}: the value of {column!r} is a {type(value).__name__} instead of a string")
+            raise ValueError(f"{where}: the value of {column!r} is of type {type(value).__name__}, not a string")
         pair[name] = value
     used = {column.split(".")[0] for column in columns}
     return pair | {name: value for name, value in row.items() if name not in used | {"source", "target"}}
@@ -352,6 +352,8 @@ def _numbered_lines(handle: IO[bytes], name: str | Path) -> Iterator[tuple[int, 
                 raise ValueError(
                     f"{name}:{number}: not UTF-8 (byte {error.start + 1} of the line is 0x{raw[error.start]:02x})"
                 ) from error
+            if "\0" in text:
+                raise ValueError(f"{name}:{number}: the line has a NUL character, so this is no text")
             yield number, text.removesuffix("\n").removesuffix("\r")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{name}:{number + 1}: the gzip file is damaged or cut short ({error})") from error

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from dragoman.data.reading import Pairs
 from dragoman.models.processing_dragoman import DragomanProcessor
+from dragoman.settings import one_line
 
 
 logger = logging.getLogger(__name__)
@@ -166,13 +167,21 @@ def load_tokenizer(folder: str | Path) -> ProcessingClass:
 
     Raises:
         FileNotFoundError: there is no tokenizer in the folder.
+        ValueError: one of its files is missing or damaged.
     """
     folder = Path(folder)
     if not (folder / "tokenizer_config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer (tokenizer_config.json is missing)")
-    if (folder / "target_tokenizer").is_dir():
-        return DragomanProcessor.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        if (folder / "target_tokenizer").is_dir():
+            return DragomanProcessor.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
+    except ValueError as error:
+        if not (folder / "tokenizer.json").is_file():
+            problem = "tokenizer.json is missing, and nothing that it could be made of can be read"
+        else:
+            problem = f"a file is damaged: {one_line(error)}"
+        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {problem}") from error
 
 
 def source_and_target_tokenizer(

@@ -130,13 +130,18 @@ _RANGES: list[tuple[tuple[str, ...], str, Callable[[float], bool]]] = [
 
 def check_generation(arguments: GenerationArguments, where: str) -> None:
     """Raise a ValueError for a value out of its range; `where` stands before the names."""
-    for names, allowed, holds in _RANGES:
-        for name in names:
-            value = getattr(arguments, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{where}{name} must be {allowed}, got {value}")
+    check_ranges(arguments.given(), where)
     if arguments.max_length is not None and arguments.max_new_tokens is not None:
         raise ValueError(f"{where}max_length and max_new_tokens exclude each other; give one of them")
+
+
+def check_ranges(given: Mapping[str, Any], where: str = "") -> None:
+    for names, allowed, holds in _RANGES:
+        for name in names:
+            value = given.get(name)
+            if value is not None and not holds(value):
+                written = name.replace("_", "-") if where == "--" else name
+                raise ValueError(f"{where}{written} must be {allowed}, got {value}")
 
 
 def check_combination(given: Mapping[str, Any], defaults: GenerationConfig | None = None) -> None:
@@ -157,7 +162,8 @@ def check_combination(given: Mapping[str, Any], defaults: GenerationConfig | Non
     try:
         config.validate(strict=True)
     except ValueError as error:
-        raise ValueError(one_line(error)) from error
+        problem = one_line(error).removeprefix("GenerationConfig is invalid: - ")
+        raise ValueError(problem.split(" If you're using a pretrained model")[0]) from error
 
 
 # Whose values are ids of the target vocabulary.

@@ -1,10 +1,13 @@
 """From the folder of a saved model, or its name on the Hub, to a model that is ready to decode."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from dragoman.data.reading import similar_paths
@@ -31,7 +34,8 @@ def load(
 
     Raises:
         FileNotFoundError: no such folder or model, or the folder lacks the config, the weights or the tokenizer.
-        ValueError: the model is no encoder-decoder; the device or dtype does not exist; a revision of a folder.
+        ValueError: the model is no encoder-decoder; its weights or its tokenizer are damaged; the device or dtype does
+            not exist; a revision of a folder.
     """
     target = _device(device)
     if isinstance(dtype, str):
@@ -47,8 +51,17 @@ def load(
     if not config.is_encoder_decoder:
         raise ValueError(f"{folder} holds a model of type {config.model_type!r}, which is no encoder-decoder.")
     processing_class = load_tokenizer(folder)
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=False, dtype=dtype or "auto")
+    with one_sentence_for_damaged_weights(folder):
+        loaded = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=False, dtype=dtype or "auto")
     return loaded.to(target).eval(), processing_class
+
+
+@contextmanager
+def one_sentence_for_damaged_weights(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged or incomplete ({error}); copy them again") from error
 
 
 def _device(device: str | torch.device | None) -> torch.device:

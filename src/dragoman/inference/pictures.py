@@ -390,8 +390,9 @@ def draw_masks(picture: MaskPicture) -> tuple[Figure, list[str]]:
     meanings = zip(
         ("may look", "may look, but is padding", "hidden: padding", "hidden: comes later"), colors, strict=True
     )
-    for number, (text, color) in enumerate(meanings):
-        at = 0.15 + 1.85 * number
+    at = 0.15
+    for text, color in meanings:
         figure.text(at / width, 1 - 0.15 / height, "■", color=color, fontsize=12, va="top")
         figure.text((at + 0.2) / width, 1 - 0.17 / height, text, fontsize=9, va="top")
+        at += 0.55 + 0.07 * len(text)
     return figure, missing

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from dragoman.data.batching import map_in_batches
 from dragoman.data.languages import OF_CHECKPOINTS, Side, check_language, default_language, encode_texts, saved_prefix
 from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
-from dragoman.inference.arguments import check_combination, check_token_ids
+from dragoman.inference.arguments import check_combination, check_ranges, check_token_ids
 from dragoman.inference.languages import language_argument, language_id
 from dragoman.inference.processes import map_in_processes
 from dragoman.inference.strategies import STRATEGIES, strategy_arguments
@@ -285,6 +285,7 @@ def check_generation_arguments(
             raise ValueError(f"there is no generation argument {name!r}: {did_you_mean(name, sorted(valid))}")
     check_token_ids(arguments, model.config.vocab_size)
     defaults = model.generation_config
+    check_ranges(arguments)
     check_combination(arguments, defaults)
     given = {name: value for name, value in arguments.items() if value is not None}
     beams, sampling = given.get("num_beams", defaults.num_beams) or 1, given.get("do_sample", defaults.do_sample)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import BatchEncoding, ProcessorMixin
+from transformers.utils import cached_file
 
 
 class DragomanProcessor(ProcessorMixin):
@@ -31,6 +32,17 @@ class DragomanProcessor(ProcessorMixin):
                     f"{name} is {source_id} in the source tokenizer and {target_id} in the target tokenizer; "
                     "both must be the same"
                 )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load both tokenizers.
+
+        Raises:
+            OSError: there is no second vocabulary, where Transformers would take the first one twice, with a warning.
+        """
+        hub = {name: kwargs[name] for name in ("cache_dir", "local_files_only", "revision", "token") if name in kwargs}
+        cached_file(pretrained_model_name_or_path, "target_tokenizer/tokenizer_config.json", **hub)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def __call__(self, text=None, text_target=None, **kwargs) -> BatchEncoding:
         """Encode source text, target text or both.

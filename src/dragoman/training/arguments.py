@@ -162,8 +162,14 @@ class TrainingArguments(Seq2SeqTrainingArguments):
                 )
             if self.greater_is_better is None:  # Transformers knows only that a loss should fall
                 self.greater_is_better = known[best]
-        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
-            raise ValueError(f"max_tokens_per_batch is {self.max_tokens_per_batch}; it must be at least 1")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens_per_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.learning_rate < 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be 0 or more")
+        if self.max_steps < 1 and self.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}; it must be greater than 0")
         if self.packing and self.max_tokens_per_batch is None:
             raise ValueError("packing needs max_tokens_per_batch, the tokens of a batch")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -289,8 +295,11 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
     def where(section: str, key: str) -> str:
         return "override: " if (section, key) in keys_changed else f"{path}: "
 
+    def files(section: str) -> str:
+        return f"{path} with the overrides" if section in {changed for changed, _ in keys_changed} else str(path)
+
     sections["model"] = _checked_model(sections["model"], where)
-    _build_config(sections["model"], f"{path}: model")
+    _build_config(sections["model"], f"{files('model')}: model")
     for key in sections["tokenizer"] if "from_pretrained" in sections["model"] else ():
         raise ValueError(
             f"{where('tokenizer', key)}tokenizer.{key} must be left out: a model that starts from a checkpoint "
@@ -312,7 +321,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         try:
             built[name] = section_class(**keys)
         except ValueError as error:
-            raise ValueError(f"{path}: {name}: {one_line(error)}") from error
+            raise ValueError(f"{files(name)}: {name}: {one_line(error)}") from error
 
     model_type = sections["model"]["model_type"]
     if built["training"].teacher_forcing_schedule is not None and model_type != "dragoman_rnn":
@@ -320,11 +329,11 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
             f"{where('training', 'teacher_forcing_schedule')}training.teacher_forcing_schedule is for models of type "
             f"'dragoman_rnn', not {model_type!r}; leave it out"
         )
-    check_generation(built["generation"], f"{path}: generation.")
+    check_generation(built["generation"], f"{files('generation')}: generation.")
     try:  # what generate() would ignore (top_k without sampling) cannot be saved with a model
         check_combination(built["generation"].given())
     except ValueError as error:
-        raise ValueError(f"{path}: generation: {error}") from error
+        raise ValueError(f"{files('generation')}: generation: {error}") from error
     return Experiment(model=sections["model"], given=sections, **built)
 
 
@@ -495,4 +504,8 @@ def _build_config(keys: dict[str, Any], where: str, **more: Any) -> PreTrainedCo
 def _read_mapping(path: Path) -> dict[str, Any]:
     if existing_path(path).is_dir():
         raise ValueError(f"{path} is a folder: give the YAML file of an experiment")
-    return parse_mapping(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 (byte {error.start + 1}); give a YAML file") from error
+    return parse_mapping(text, str(path))

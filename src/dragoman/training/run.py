@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ from dragoman.data.tokenizers import (
 from dragoman.evaluation.scores import build_compute_metrics, compute_scores, headline
 from dragoman.inference.arguments import check_token_ids
 from dragoman.inference.languages import language_argument, language_id
-from dragoman.inference.loading import model_folder
+from dragoman.inference.loading import model_folder, one_sentence_for_damaged_weights
 from dragoman.settings import one_line
 from dragoman.training.arguments import Experiment, load_experiment
 from dragoman.training.averaging import WeightAverage
@@ -94,7 +95,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     """
     arguments = experiment.training
     output = Path(str(arguments.output_dir))
-    say: Callable[..., None] = Console(soft_wrap=True, quiet=arguments.process_index > 0).print
+    say: Callable[..., None] = Console(soft_wrap=True, highlight=False, quiet=arguments.process_index > 0).print
     with _one_sentence_for_disk_errors(output):
         _check_output(output, experiment, resume, overwrite)
         checkpoint = last_complete_checkpoint(output) if resume else None
@@ -185,7 +186,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     for name, value in scores.items():
         say(f"test {name}: {value:.2f} ({decoding_name(model.generation_config)})")
     say(f"\nThe model is in {output}. To use it in Python:\n")
-    say(usage(output, tokenizer, next(iter(pairs["train"]))), highlight=False, markup=False)
+    say(usage(output, tokenizer, next(iter(pairs["train"]))), markup=False)
     return output
 
 
@@ -214,7 +215,8 @@ def build_model(
     if start is not None:
         config = experiment.model_config()
         check_token_ids(settings, config.vocab_size, "generation.")
-        model = AutoModelForSeq2SeqLM.from_pretrained(model_folder(start), config=config, dtype=torch.float32)
+        with one_sentence_for_damaged_weights(folder := model_folder(start)):
+            model = AutoModelForSeq2SeqLM.from_pretrained(folder, config=config, dtype=torch.float32)
         saved = model.generation_config.to_dict()
         if "max_new_tokens" in settings:
             settings["max_length"] = None
@@ -298,7 +300,8 @@ def _log_line(state: TrainerState, logs: dict[str, float]) -> str:
         "padded_target_tokens_per_second",
     )
     shown = [f"{name} {value:.4g}" for name, value in logs.items() if not name.endswith(hidden)]
-    return f"epoch {state.epoch:.2f}, step {state.global_step}: {', '.join(shown)}"
+    epoch, step = f"epoch {state.epoch:.2f} of {state.num_train_epochs:g}", f"step {state.global_step}"
+    return f"{epoch}, {step} of {state.max_steps}: {', '.join(shown)}"
 
 
 class _Progress(ProgressCallback):
@@ -316,7 +319,7 @@ class _Lines(TrainerCallback):
         self.say = say
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
-        self.say(_log_line(state, logs), highlight=False, markup=False)
+        self.say(_log_line(state, logs), markup=False)
 
 
 class _Companion(TrainerCallback):
@@ -384,6 +387,7 @@ class _Companion(TrainerCallback):
         def interrupt(number: int, frame: FrameType | None) -> None:
             self.interrupted = True
             restore()
+            os.write(2, b"stopping after this step; once more to stop at once\n")  # print() may be at work itself
 
         previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -415,8 +419,10 @@ def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite:
     present = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not present.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    if not os.access(present, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    try:
+        tempfile.TemporaryDirectory(dir=present).cleanup()
+    except OSError as error:
+        raise OSError(f"cannot write to {output}: {error.strerror}") from error
     in_use = output.is_dir() and any(file.suffix != UNFINISHED for file in output.iterdir())
     if in_use and not (resume or overwrite):
         raise ValueError(f"{output} is not empty: --resume goes on with its run, --overwrite deletes it")

@@ -155,7 +155,7 @@ class Samples(TrainerCallback):
         lines += [json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in texts]
         write_whole(path, "".join(lines))
         for row in texts:
-            self.say(f"  {row['source']} → {row['output']} ({row['target']})", highlight=False, markup=False)
+            self.say(f"  {row['source']} → {row['output']} ({row['target']})", markup=False)
         for callback in callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 table = "| source | output | target |\n|---|---|---|\n" + "".join(
