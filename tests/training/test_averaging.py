@@ -90,7 +90,7 @@ def test_mistakes_are_one_sentence(tmp_path, finished):
         ((finished, out, "--last", 4), "--last 4: there are 3 complete checkpoints"),
         ((tmp_path / "nowhere", out), f"{tmp_path}/nowhere does not exist"),
         ((tmp_path, out), f"{tmp_path} holds neither complete checkpoints nor weights in safetensors"),
-        ((finished, two), f"{two} is in use: give a new or an empty folder"),
+        ((finished, two), f"{two} is not empty: choose a new folder"),
     ]
     for arguments, sentence in cases:
         result = average(*arguments)

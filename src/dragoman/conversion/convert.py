@@ -1,11 +1,9 @@
 """A checkpoint of another encoder-decoder class of Transformers becomes a Dragoman checkpoint."""
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -17,6 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from dragoman.conversion.checkpoint import Origin, StoredWeights, find, write
 from dragoman.conversion.families import family_of
 from dragoman.conversion.family import Family
+from dragoman.files import check_new_folder, new_folder
 from dragoman.models.configuration_dragoman import SIDES, DragomanConfig
 from dragoman.models.modeling_dragoman import DragomanForConditionalGeneration
 from dragoman.models.positions import SinusoidalPositions
@@ -60,8 +59,7 @@ def convert(
             them named; an output folder in use; an unknown dtype.
     """
     output = Path(output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is not empty: choose a new folder")
+    check_new_folder(output)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}.")
     folder = find(source, revision)
@@ -80,10 +78,7 @@ def convert(
     if problems:
         raise ValueError(f"{source} cannot be converted as {theirs['model_type']!r}: {'; '.join(problems)}.")
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        partial = Path(scratch) / output.name
-        partial.mkdir()
+    with new_folder(output) as partial:
         write(partial, origins, stored, DTYPES[dtype] if dtype else None)
         config.architectures = [type(model).__name__]
         config.dtype = dtype or str(stored.outline(origins["model.encoder.embed_tokens.weight"].name).dtype)[6:]
@@ -94,7 +89,6 @@ def convert(
         if has_tokenizer:
             _load_tokenizer(folder, source).save_pretrained(partial)
         _write_model_card(partial, output.name, str(source), folder, theirs["model_type"])
-        os.replace(partial, output)
     return Conversion(output, theirs["model_type"], model.num_parameters(), has_tokenizer)
 
 

@@ -1,10 +1,9 @@
 """A trained model for other runtimes: CTranslate2, and ONNX."""
 
-import os
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+from dragoman.files import check_new_folder, new_folder
 from dragoman.inference.loading import load
 
 
@@ -33,8 +32,7 @@ def export(model: str | Path, output: str | Path, *, format: str, quantization: 
     output = Path(output).expanduser()
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown: use {' or '.join(FORMATS)}.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is not empty: choose a new folder")
+    check_new_folder(output)
     try:
         *_, runtime = (import_module(name) for name in FORMATS[format])
     except ImportError as error:
@@ -50,11 +48,7 @@ def export(model: str | Path, output: str | Path, *, format: str, quantization: 
         raise ValueError(
             f"{model} is of type {loaded.config.model_type!r}: only models of the Transformer family can be exported."
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        partial = Path(scratch) / output.name
-        partial.mkdir()
+    with new_folder(output) as partial:
         runtime.write(partial, loaded, processing_class, quantization or "float32")
         processing_class.save_pretrained(partial)
-        os.replace(partial, output)
     return output

@@ -32,11 +32,11 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dragoman.data.reading import existing_path
 from dragoman.evaluation.scores import check_metrics
+from dragoman.files import write_whole
 from dragoman.inference.arguments import GenerationArguments, check_combination, check_generation
 from dragoman.inference.loading import model_folder
 from dragoman.models.scheduled_sampling import teacher_forcing_schedule
 from dragoman.settings import check_key, nearest, one_line, parse_mapping, parse_yaml, typed
-from dragoman.training.checkpoints import write_whole
 
 
 PathPair = str | list[str]

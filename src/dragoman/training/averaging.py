@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
-from dragoman.training.checkpoints import COMPLETE_FILE, complete_checkpoints, write_whole
+from dragoman.files import check_new_folder, new_folder
+from dragoman.training.checkpoints import COMPLETE_FILE, complete_checkpoints
 
 
 # Of a checkpoint whose model.safetensors is the average: the weights that the optimizer goes on with.
@@ -96,7 +97,7 @@ def average_checkpoints(sources: Sequence[str | Path], output: str | Path, last:
 
     Args:
         sources: folders of models; a run's folder stands for its complete checkpoints, in the order of their steps.
-        output: folder to write, new or empty.
+        output: folder to write, new or empty. It appears when all of it is written.
         last: take the last so many checkpoints alone.
 
     Returns:
@@ -115,14 +116,15 @@ def average_checkpoints(sources: Sequence[str | Path], output: str | Path, last:
     if len(checkpoints) < 2:
         named = f"{checkpoints[0]} alone" if checkpoints else f"{', '.join(map(str, sources))}: no complete checkpoint"
         raise ValueError(f"an average needs two checkpoints or more, not {named}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is in use: give a new or an empty folder")
+    check_new_folder(output)
     _check_configs(checkpoints)
     averaged = _average_weights(checkpoints)
-    shutil.copytree(checkpoints[-1], output, ignore=shutil.ignore_patterns(*_OF_ONE_CHECKPOINT), dirs_exist_ok=True)
-    save_file(averaged, output / WEIGHTS_FILE, metadata={"format": "pt"})
     about = {"averaged": [str(checkpoint) for checkpoint in checkpoints]}
-    write_whole(output / COMPLETE_FILE, json.dumps(about) + "\n")
+    others = shutil.ignore_patterns(*_OF_ONE_CHECKPOINT)
+    with new_folder(output) as partial:
+        shutil.copytree(checkpoints[-1], partial, ignore=others, dirs_exist_ok=True)
+        save_file(averaged, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        (partial / COMPLETE_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
     return checkpoints
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 
 COMPLETE_FILE = "complete.json"
-UNFINISHED = ".unfinished"
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -15,10 +14,3 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 def unfinished_checkpoints(run: Path) -> list[Path]:
     return [folder for folder in sorted(run.glob("checkpoint-*")) if not (folder / COMPLETE_FILE).exists()]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under another name and rename it, so that it is never half there."""
-    unfinished = path.with_name(path.name + UNFINISHED)
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)

@@ -50,6 +50,7 @@ from dragoman.data.tokenizers import (
     source_and_target_tokenizer,
 )
 from dragoman.evaluation.scores import build_compute_metrics, compute_scores, headline
+from dragoman.files import UNFINISHED, write_whole
 from dragoman.inference.arguments import check_token_ids
 from dragoman.inference.languages import language_argument, language_id
 from dragoman.inference.loading import model_folder, one_sentence_for_damaged_weights
@@ -58,13 +59,7 @@ from dragoman.training.arguments import Experiment, load_experiment
 from dragoman.training.averaging import WeightAverage
 from dragoman.training.batches import side_lengths
 from dragoman.training.card import decoding_name, write_card
-from dragoman.training.checkpoints import (
-    COMPLETE_FILE,
-    UNFINISHED,
-    complete_checkpoints,
-    unfinished_checkpoints,
-    write_whole,
-)
+from dragoman.training.checkpoints import COMPLETE_FILE, complete_checkpoints, unfinished_checkpoints
 from dragoman.training.memory import MemoryEstimate, estimate_memory
 from dragoman.training.push import check_token, one_sentence_for_hub_errors, push
 from dragoman.training.trainer import LanguagesTrainer, ScheduledSamplingTrainer

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
-from dragoman.training.checkpoints import write_whole
+from dragoman.files import write_whole
 
 
 PLOT_FILE = "training.png"
@@ -111,7 +111,7 @@ class Divergence:
         )
 
 
-class Samples(TrainerCallback):
+class Samples:
     """
     What the model makes of the first validation sources, at each evaluation: said, kept in `samples.jsonl`, and shown
     by TensorBoard where the run reports to it.
