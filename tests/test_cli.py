@@ -326,13 +326,12 @@ def test_the_versions():
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_for_the_shell(shell):
-    command = [sys.executable, "-m", "dragoman", "--show-completion", shell]
+def test_completion_for_the_shell(shell, monkeypatch):
     # otherwise Typer takes the shell that runs the tests, and the option no value
-    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert "COMPLETE" in result.stdout
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    result = CliRunner().invoke(dragoman.cli.app, ["--show-completion", shell], prog_name="dragoman")
+    assert result.exit_code == 0, result.stderr
+    assert "_DRAGOMAN_COMPLETE" in result.stdout
 
 
 def test_evaluate_a_name_on_the_hub(model, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import ast
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import MarianConfig, MarianMTModel
 from typer.testing import CliRunner
 
 import dragoman.cli
+from commands import run_line
 from dragoman.data.tokenizers import train_tokenizer
 from dragoman.training.arguments import load_experiment
 from dragoman.training.run import train
@@ -29,17 +29,6 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 def blocks(page: str) -> list[tuple[str, str]]:
     """The fenced blocks of a page in their order, each with its language."""
     return re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
-
-
-def run_line(line: str) -> str:
-    """One line of a bash block, in this process: `dragoman ...`, perhaps after `echo TEXT |`."""
-    echo, _, command = line.rpartition("|")
-    program, *arguments = shlex.split(command)
-    assert program == "dragoman", line
-    text = " ".join(shlex.split(echo)[1:]) + "\n" if echo else ""
-    result = CliRunner().invoke(dragoman.cli.app, arguments, input=text)
-    assert result.exit_code == 0, f"{line}: {result.output}"
-    return result.stdout
 
 
 def stock_marian(folder: Path) -> Path:
@@ -128,6 +117,7 @@ def test_several_processes(tmp_path):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     assert process.stdout.count("vocabulary: 11 joint") == 1  # one process speaks
+    assert (together / "complete.json").is_file()
     weights, others = (load_file(folder / "model.safetensors") for folder in (alone, together))
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-5)

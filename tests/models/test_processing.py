@@ -109,17 +109,17 @@ def test_trainer_checkpoints_hold_the_processor(processor, model, tmp_path):
 LOAD_WITHOUT_THE_PACKAGE = """
 import json, sys
 from transformers import AutoProcessor
-processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=json.loads(sys.argv[2]))
+try:
+    AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=False)
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error), error
+else:
+    raise AssertionError("loaded foreign code without being allowed to")
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert "dragoman" not in sys.modules
 encoded = processor("I love you", text_target="我 爱 你")
 print(json.dumps([dict(encoded), processor.decode(encoded["labels"], skip_special_tokens=True)]))
 """
-
-
-def load_without_the_package(folder, cache, trust):
-    environment = os.environ | {"HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, str(folder), json.dumps(trust)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, cwd=cache)
 
 
 def test_loads_where_the_package_is_not_imported(processor, tmp_path):
@@ -127,9 +127,8 @@ def test_loads_where_the_package_is_not_imported(processor, tmp_path):
     cache.mkdir()
     processor.save_pretrained(folder)
     assert (folder / "processing_dragoman.py").is_file()
-    trusted = load_without_the_package(folder, cache, trust=True)
-    assert trusted.returncode == 0, trusted.stderr
-    assert json.loads(trusted.stdout) == [dict(processor(SOURCE, text_target=TARGET)), TARGET]
-    refused = load_without_the_package(folder, cache, trust=False)
-    assert refused.returncode != 0
-    assert "trust_remote_code=True" in refused.stderr
+    environment = os.environ | {"HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, str(folder)]
+    loaded = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, cwd=cache)
+    assert loaded.returncode == 0, loaded.stderr
+    assert json.loads(loaded.stdout) == [dict(processor(SOURCE, text_target=TARGET)), TARGET]

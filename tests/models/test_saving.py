@@ -165,15 +165,11 @@ def test_only_the_files_of_the_family_travel(any_family, tmp_path):
 
 
 def test_importing_is_light():
-    """The package adds little to what its users import anyway, and none of the libraries it only works with."""
+    """The package imports none of the libraries that it only works with."""
     code = """
-import sys, time
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedModel
-before = time.perf_counter()
+import sys
 import dragoman
-seconds = time.perf_counter() - before
 heavy = {"datasets", "matplotlib", "gradio", "evaluate", "sacrebleu", "typer"} & set(sys.modules)
-print(seconds, heavy)
 assert not heavy, heavy
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

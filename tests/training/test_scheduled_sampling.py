@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dragoman.models.modeling_dragoman_rnn import DragomanRnnForConditionalGeneration
 from dragoman.training.arguments import load_experiment
 from dragoman.training.run import train
 from training.experiments import write_experiment
+from training.test_run import assert_equal_weights
 
 
 RECURRENT = {
@@ -50,27 +50,18 @@ def test_the_ratio_follows_the_optimizer_steps(tmp_path, passes):
     assert any(not coins.all() for _, coins in passes[2:])
 
 
-def test_the_same_seed_gives_the_same_coins_also_after_resuming(tmp_path, passes):
-    one = train(load_experiment(recurrent_experiment(tmp_path / "one")))
+def test_a_resumed_run_tosses_the_same_coins(tmp_path, passes):
+    constant = "training.lr_scheduler_type=constant"
+    whole = train(load_experiment(recurrent_experiment(tmp_path / "whole"), [constant]))
     tossed = [coins for _, coins in passes]
+    path = recurrent_experiment(tmp_path / "part")
+    train(load_experiment(path, [constant, "training.max_steps=4"]))
     passes.clear()
-
-    path = recurrent_experiment(tmp_path / "two")
-    stopped = train(load_experiment(path, ["training.max_steps=4", "training.lr_scheduler_type=constant"]))
-    assert len(passes) == 4
-    passes.clear()
-    (stopped / "complete.json").unlink()
-    other = train(load_experiment(path, ["training.lr_scheduler_type=constant"]), resume=True)
+    resumed = train(load_experiment(path, [constant]), resume=True)
     again = [coins for _, coins in passes]
     assert len(again) == 2
     assert all(torch.equal(a, b) for a, b in zip(tossed[4:], again, strict=True))
-    assert load_file(one / "model.safetensors").keys() == load_file(other / "model.safetensors").keys()
-
-    third = train(load_experiment(recurrent_experiment(tmp_path / "three")))
-    weights, same = load_file(one / "model.safetensors"), load_file(third / "model.safetensors")
-    assert all(torch.equal(weights[name], same[name]) for name in weights)
-    fourth = train(load_experiment(recurrent_experiment(tmp_path / "four"), ["training.seed=7"]))
-    assert any(not torch.equal(weights[name], value) for name, value in load_file(fourth / "model.safetensors").items())
+    assert_equal_weights(resumed, whole)
 
 
 @pytest.mark.parametrize(

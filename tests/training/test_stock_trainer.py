@@ -46,9 +46,9 @@ def stock_trainer(model, pairs, tokenizer, folder, **arguments):
 
 
 def test_accumulation_changes_nothing(any_family, pairs, tokenizer, tmp_path):
-    """One batch of 8, two of 4 and eight of 1 make the same optimizer step."""
+    """One batch of 8 and four of 2 make the same optimizer step."""
     found = []
-    for size, accumulation in ((8, 1), (4, 2), (1, 8)):
+    for size, accumulation in ((8, 1), (2, 4)):
         model = any_family.build()
         trainer = stock_trainer(
             model, pairs, tokenizer, tmp_path,
@@ -57,12 +57,11 @@ def test_accumulation_changes_nothing(any_family, pairs, tokenizer, tmp_path):
         trainer.train()
         log = trainer.state.log_history[0]
         found.append((float(log["loss"]), float(log["grad_norm"]), model.state_dict()))
-    (loss, norm, weights), *others = found
-    for other_loss, other_norm, other_weights in others:
-        assert other_loss == pytest.approx(loss, rel=1e-4)  # the log rounds
-        assert other_norm == pytest.approx(norm, rel=1e-6)
-        for name, value in weights.items():
-            torch.testing.assert_close(other_weights[name], value, rtol=1e-9, atol=1e-10)
+    (loss, norm, weights), (other_loss, other_norm, other_weights) = found
+    assert other_loss == pytest.approx(loss, rel=1e-4)  # the log rounds
+    assert other_norm == pytest.approx(norm, rel=1e-6)
+    for name, value in weights.items():
+        torch.testing.assert_close(other_weights[name], value, rtol=1e-9, atol=1e-10)
 
 
 def test_decoding_is_the_same_after_an_evaluation(any_family, pairs, tokenizer, tmp_path):
