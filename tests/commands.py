@@ -1,5 +1,6 @@
 """Commands of the README, the guides and the scripts, in this process: importing the libraries anew takes seconds."""
 
+import importlib
 import io
 import runpy
 import shlex
@@ -7,11 +8,15 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 from typer.testing import CliRunner
 
 import dragoman.cli
+
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def run_line(line: str) -> str:
@@ -36,8 +41,9 @@ def in_bash(command: str, text: str = "") -> str:
     ).stdout
 
 
-def run_script(path: Path, *arguments: object) -> str:
+def run_script(name: str, *arguments: object) -> str:
     """What a script prints."""
+    path = SCRIPTS / name
     with redirect_stdout(io.StringIO()) as output, mock.patch.object(sys, "argv", [str(path), *map(str, arguments)]):
         try:
             runpy.run_path(str(path), run_name="__main__")
@@ -45,3 +51,9 @@ def run_script(path: Path, *arguments: object) -> str:
             if end.code:
                 raise
     return output.getvalue()
+
+
+def load_script(name: str) -> ModuleType:
+    """A script as a module; what lies beside it can be imported meanwhile, as when it is run."""
+    with mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]):
+        return importlib.import_module(name)

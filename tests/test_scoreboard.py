@@ -1,33 +1,23 @@
 """scripts/scoreboard.py on a few embedded pairs: all systems alike, and every ablation does what it says."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainerControl, TrainerState, set_seed
 
+from commands import load_script
 from dragoman.data.reading import read_pairs
-
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.fixture(scope="module")
 def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))  # as when it is run: the report lies beside it
-        spec = importlib.util.spec_from_file_location("scoreboard", SCRIPTS / "scoreboard.py")
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "scoreboard", module)  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        yield module
+    return load_script("scoreboard")
 
 
 @pytest.fixture(scope="module")

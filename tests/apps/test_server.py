@@ -1,5 +1,4 @@
 import asyncio
-import importlib.util
 import json
 import re
 import signal
@@ -9,7 +8,6 @@ import sys
 import threading
 import time
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import httpx
 import pytest
@@ -17,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import dragoman.cli
+from commands import load_script
 from conftest import transformer
 from dragoman.apps import server
 from dragoman.apps.batcher import Batcher, QueueFull, Settings, Stopped
@@ -25,9 +24,6 @@ from dragoman.apps.metrics import Histogram, Metrics
 from dragoman.data.tokenizers import train_tokenizer
 from dragoman.inference.translate import Hypothesis, translate
 from inference.tiny import SOURCES, TARGETS, learned_by_heart
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -493,30 +489,23 @@ def test_sigterm_answers_what_was_taken_and_takes_nothing_more(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_server_under_load(tiny, tmp_path, capsys):
+def test_a_real_server_under_load(tiny, tmp_path, monkeypatch):
     """Start, right answers to several clients, refusals, SIGTERM: scripts/load_test.py in small."""
     model, tokenizer = tiny
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"source": source, "target": target} for source, target in zip(SOURCES, TARGETS, strict=True)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    specification = importlib.util.spec_from_file_location("load_test", ROOT / "scripts" / "load_test.py")
-    load_test = importlib.util.module_from_spec(specification)
-    monkey = pytest.MonkeyPatch()
-    monkey.setitem(sys.modules, "load_test", load_test)  # where its dataclass looks for its own types
-    specification.loader.exec_module(load_test)
-    monkey.setattr(load_test, "GROWTH", 2.0)  # two seconds are no time to settle
-    try:
-        load_test.main(
-            str(tmp_path / "model"),
-            data=str(tmp_path / "pairs.jsonl"),
-            clients=6,
-            seconds=2.0,
-            compare=False,
-            output=tmp_path / "serving.md",
-        )
-    finally:
-        monkey.undo()
+    load_test = load_script("load_test")
+    monkeypatch.setattr(load_test, "GROWTH", 2.0)  # two seconds are no time to settle
+    load_test.main(
+        str(tmp_path / "model"),
+        data=str(tmp_path / "pairs.jsonl"),
+        clients=6,
+        seconds=2.0,
+        compare=False,
+        output=tmp_path / "serving.md",
+    )
     report = (tmp_path / "serving.md").read_text()
     assert "Faults: none." in report
     for name in ("wrong or crossed answers", "bad requests, anything else", "exit status after SIGTERM"):

@@ -1,29 +1,17 @@
 """Tiny stock checkpoints: the models of `scripts/parity.py`, and tokenizers of each kind for one sentence's letters."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import sentencepiece
 import transformers
 
+from commands import load_script
 from dragoman.conversion import convert
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "parity.py"
-
-
-def _load_script():
-    spec = importlib.util.spec_from_file_location("parity", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["parity"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-parity = _load_script()
+parity = load_script("parity")
 
 
 def case_of(family: str, **values: str):

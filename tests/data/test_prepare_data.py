@@ -1,24 +1,17 @@
 import gzip
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from commands import load_script
 from dragoman.data.reading import read_pairs
-
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("prepare_data")
 
 
 @pytest.fixture(scope="module")
