@@ -3,6 +3,9 @@
     python scripts/benchmark_generation.py --output scripts/results/generation.md
     python scripts/benchmark_generation.py --row job --model runs/NAME --data data/ddtp_en_it/test.jsonl.gz \\
         --output scripts/results/generation_job.md
+    python scripts/benchmark_generation.py --row ctranslate2 --model runs/NAME --data data/ddtp_en_it/test.jsonl.gz
+    python scripts/benchmark_generation.py --row deep_shallow --model runs/A --other runs/B --data FILE
+    python scripts/benchmark_generation.py --row refill --model runs/NAME --data FILE
     python scripts/benchmark_generation.py --row greedy --peer marian --d-model 32 --vocab-size 90 --layers 1
     python scripts/benchmark_generation.py --show          # the records that lie beside this script, a line a work
 
@@ -11,6 +14,9 @@ batch in one process, taking turns; a ratio is that of two neighbors, and its me
 sentence may end before the given length, so that all sides do the same number of steps. Beside each side stands the
 time of its bare matrix products: PyTorch's for the host, oneDNN's with packed weights for ours. Peak memory is that of
 a process of its own for each side.
+
+The other rows are whole files that trained models translate, taking turns: `job` against the host's `generate`,
+`ctranslate2` an export in 8 bits, `deep_shallow` a second model, `refill` what free places in a batch could bring.
 """
 
 from __future__ import annotations
@@ -20,7 +26,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,19 +35,28 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from benchmark_jobs import (
+    HEADER,
+    Job,
+    against_another,
+    against_ctranslate2,
+    against_stock,
+    idle_places,
+    read_job,
+    read_model,
+    spread,
+    summary,
+    take_turns,
+)
 from torch import nn
-from transformers import GenerationMixin
 
 from dragoman import DragomanForConditionalGeneration
 from dragoman.conversion import convert
-from dragoman.data.reading import read_pairs
-from dragoman.data.tokenizers import source_and_target_tokenizer
-from dragoman.inference.loading import load
-from dragoman.inference.translate import translate
 from dragoman.models.fast_linear import side_by_side
 
 
 PEERS = ("marian", "bart", "t5")
+JOBS = ("job", "ctranslate2", "deep_shallow", "refill")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -98,13 +112,6 @@ def both_sides(folder: Path, name: str, d_model: int, layers: int, vocab_size: i
         peer_of(name, d_model, layers, vocab_size).save_pretrained(theirs)
         convert(theirs, ours)
     return theirs, ours
-
-
-def read_model(folder: Path):
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
-    for setting in ("num_beams", "forced_eos_token_id", "no_repeat_ngram_size"):
-        setattr(model.generation_config, setting, None)
-    return model
 
 
 def batch_of(work: Work, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -180,24 +187,6 @@ def bare_products(model: DragomanForConditionalGeneration, work: Work, packed: b
     return run
 
 
-def take_turns(sides: list[Callable[[], Any]], repeats: int) -> tuple[list[list[float]], list[Any]]:
-    """Seconds of every side in every turn, after one turn that does not count, and the sides' last results."""
-    times: list[list[float]] = [[] for _ in sides]
-    results: list[Any] = [None] * len(sides)
-    for turn in range(repeats + 1):
-        for number in range(len(sides)) if turn % 2 else reversed(range(len(sides))):
-            start = time.perf_counter()
-            results[number] = sides[number]()
-            times[number].append(time.perf_counter() - start)
-    return [side[1:] for side in times], results
-
-
-def spread(slow: list[float], fast: list[float]) -> str:
-    ratios = [one / other for one, other in zip(slow, fast, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return f"**{statistics.median(ratios):.2f}** ({low:.2f} - {high:.2f})"
-
-
 def cross_bytes(model, batch: dict[str, torch.Tensor], beams: int) -> int:
     found = model.generate(**batch, num_beams=beams, max_new_tokens=2, min_new_tokens=2, return_dict_in_generate=True)
     layers = found.past_key_values.cross_attention_cache.layers
@@ -232,111 +221,36 @@ def measure_memory(folder: str, side: str, work: Work, vocab_size: int):
     print(megabytes("VmHWM") - before)
 
 
-@torch.no_grad()
-def marian_with_weights_of(model: Any, scratch: Path):
-    """
-    The host's Marian computing what this model does, or None if it is of another shape. Which weight goes where is read
-    off the conversion of a Marian that is filled with random numbers.
-    """
-    names = ("vocab_size", "d_model", "activation_function", "scale_embedding")
-    sizes = ("layers", "attention_heads", "ffn_dim")
-    names += tuple(f"{side}_{size}" for side in ("encoder", "decoder") for size in sizes)
-    names += ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-    config = {name: value for name, value in model.config.to_dict().items() if name in names}
-    host = transformers.MarianMTModel(transformers.MarianConfig(**config, max_position_embeddings=2048)).eval()
-    for weight in (*(one for one in host.parameters() if one.requires_grad), host.final_logits_bias):
-        weight.normal_(std=0.1)
-    host.save_pretrained(scratch / "marian")
-    convert(scratch / "marian", scratch / "converted")
-    converted, trained = read_model(scratch / "converted").state_dict(), model.state_dict()
-    if {name: weight.shape for name, weight in converted.items()} != {n: w.shape for n, w in trained.items()}:
-        return None
-
-    def content(weight: torch.Tensor) -> tuple[float, ...]:
-        return weight.numel(), float(weight.flatten()[0]), float(weight.flatten()[-1])
-
-    places = {content(weight): name for name, weight in converted.items()}
-    for weight in host.state_dict().values():
-        if content(weight) in places:  # all but the sinusoids
-            weight.copy_(trained[places[content(weight)]].view_as(weight))
-    ids = {"input_ids": torch.arange(3, 10)[None], "decoder_input_ids": torch.arange(4, 9)[None]}
-    one, other = (side(**ids).logits for side in (model, host))
-    return host if torch.allclose(one, other, rtol=1e-3, atol=1e-3) else None
-
-
-def with_the_hosts_loops(model: Any):
-    """The same model without anything of ours in `generate`."""
-
-    class Stock(type(model)):  # type: ignore[misc]
-        generate = GenerationMixin.generate
-        _prepare_text_encoder_decoder_kwargs_for_generation = (
-            GenerationMixin._prepare_text_encoder_decoder_kwargs_for_generation
-        )
-        _sample, _beam_search = GenerationMixin._sample, GenerationMixin._beam_search
-        _expand_inputs_for_generation = GenerationMixin._expand_inputs_for_generation
-
-        def _reorder_cache(self, past_key_values, beam_idx):
-            past_key_values.reorder_cache(beam_idx)
-            return past_key_values
-
-    stock = Stock(model.config).eval()
-    stock.load_state_dict(model.state_dict())
-    return stock
-
-
-def whole_job(model_folder: Path, data: Path, limit: int | None, beams: int, scratch: Path) -> list[str]:
-    """Sentences per second of `translate` against the host's `generate` on batches of 32 in the order of the file."""
-    model, tokenizer = load(model_folder, "cpu")
-    stock = marian_with_weights_of(model, scratch) or with_the_hosts_loops(model)
-    stock.generation_config = model.generation_config
-    sentences = [str(pair["source"]) for pair in read_pairs(data)][:limit]
-    source_tokenizer, target_tokenizer = source_and_target_tokenizer(tokenizer)
-
-    def in_file_order() -> list[str]:
-        texts = []
-        for start in range(0, len(sentences), 32):
-            batch = source_tokenizer(sentences[start : start + 32], padding=True, return_tensors="pt")
-            found = stock.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=beams
-            )
-            texts += target_tokenizer.batch_decode(found, skip_special_tokens=True)
-        return texts
-
-    def sorted_and_leaving() -> list[str]:
-        return [best.text for best, *_ in translate(model, tokenizer, sentences, scores=False, num_beams=beams)]
-
-    times, texts = [], []
-    for side in (in_file_order, sorted_and_leaving):
-        start = time.perf_counter()
-        texts.append(side())
-        times.append(time.perf_counter() - start)
-    equal = sum(one == other for one, other in zip(*texts, strict=True))
-    rates = [len(sentences) / seconds for seconds in times]
-    ratio = rates[1] / rates[0]
-    return [
-        f"{len(sentences)} sentences of {data.name}, {model_folder.name}, beam {beams}, each side once: the host's "
-        f"{'Marian' if isinstance(stock, transformers.MarianMTModel) else 'loops'} on batches of 32 in file order "
-        f"against translate(). {equal} of {len(sentences)} outputs are equal.",
-        *summary([f"| whole job, sentences/s | {rates[0]:.1f} | {rates[1]:.1f} | **{ratio:.2f}** | >= 3 |"]),
-    ]
-
-
-HEADER = "| against the fastest host | host | ours | ratio | goal |"
-
-
-def summary(rows: list[str]) -> list[str]:
-    return ["", HEADER, "|---|--:|--:|--:|--:|", *rows]
+def whole_files(names: list[str], job: Job, model: Path, other: Path | None, scratch: Path) -> list[str]:
+    """The rows of `JOBS`, one after another."""
+    lines = []
+    for name in names:
+        folder = scratch / name
+        folder.mkdir()
+        if name == "job":
+            lines += against_stock(job, model, folder)
+        elif name == "ctranslate2":
+            lines += against_ctranslate2(job, model, folder)
+        elif name == "refill":
+            lines += idle_places(job, model)
+        elif other is not None:
+            lines += against_another(job, model, other)
+        lines.append("")
+    return lines
 
 
 def show() -> str:
     """The summaries of all records, as one table."""
     texts = [record.read_text(encoding="utf-8") for record in sorted(RESULTS.glob("generation*.md"))]
-    rows = [line for text in texts for line in text.split(HEADER)[1].splitlines()[2:] if line.startswith("|")]
+    parts = [part for text in texts for part in text.split(HEADER)[1:]]
+    rows = [line for part in parts for line in part.split("\n\n")[0].splitlines()[2:]]
     return "\n".join(summary(rows)[1:])
 
 
 def main(
-    row: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(ROWS)}, job; repeat for more.")] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join([*ROWS, *JOBS])}; repeat for more. All but the last 4.")
+    ] = None,
     peer: Annotated[list[str] | None, typer.Option(help="marian, bart or t5; repeat for more.")] = None,
     repeats: Annotated[int, typer.Option(help="Turns of every side, after one that does not count.")] = 5,
     d_model: int = 512,
@@ -345,9 +259,13 @@ def main(
     new_tokens: Annotated[int | None, typer.Option(help="Instead of the row's.")] = None,
     threads: int = 2,
     memory: Annotated[bool, typer.Option(help="Also peak memory of the row beam-1000.")] = True,
-    model: Annotated[Path | None, typer.Option(help="Trained model for the row job.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Its test sentences.")] = None,
+    model: Annotated[Path | None, typer.Option(help=f"Trained model for {', '.join(JOBS)}.")] = None,
+    other: Annotated[Path | None, typer.Option(help="The second one of deep_shallow.")] = None,
+    data: Annotated[str | None, typer.Option(help="Their test sentences: a file, or embedded:NAME/SPLIT.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many sentences of them.")] = None,
+    clock: Annotated[
+        str, typer.Option(help="Of those rows: wall, or cpu, the time of the processor, for a busy machine.")
+    ] = "wall",
     output: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
     show_records: Annotated[bool, typer.Option("--show", help="Print what was recorded instead.")] = False,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -355,12 +273,14 @@ def main(
     if show_records:
         print(show())
         return
-    if row is not None and "job" in row and (model is None or data is None):
-        raise typer.BadParameter("the row job needs --model and --data.")
+    names = row or list(ROWS)
+    jobs = [name for name in names if name in JOBS]
+    if jobs and (model is None or data is None or ("deep_shallow" in jobs and other is None)):
+        raise typer.BadParameter(f"the rows {', '.join(JOBS)} need --model and --data, deep_shallow also --other.")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    chosen = {name: ROWS[name] for name in row or ROWS if name != "job"}
+    chosen = {name: ROWS[name] for name in names if name not in JOBS}
     if new_tokens is not None:
         chosen = {name: Work(**{**vars(work), "new_tokens": new_tokens}) for name, work in chosen.items()}
     if memory_of is not None:
@@ -371,9 +291,10 @@ def main(
     if chosen:
         lines[0] += (
             f" d={d_model}, {layers}+{layers} layers, vocabulary {vocab_size}; milliseconds a step, medians of "
-            f"{repeats} turns; ratios with quartiles; every output as long as asked for.\n"
+            f"{repeats} turns; ratios with quartiles; every output as long as asked for."
         )
         lines += [
+            "",
             "| work | weights of | host | ours | host / ours | host's products | ours | time outside products gone "
             "| equal rows | cross cache MB, host : ours |",
             "|---|---|---|---|---|---|---|---|---|---|",
@@ -422,10 +343,11 @@ def main(
         if chosen:
             lines += summary(goals)
         if model is not None and data is not None:
-            lines += whole_job(model, data, limit, 5, Path(scratch))
+            job = read_job(data, limit, repeats=repeats, threads=threads, clock=clock)
+            lines += ["", *whole_files(jobs, job, model, other, Path(scratch))]
     print(*lines[printed:], sep="\n", flush=True)
     if output is not None:
-        output.write_text("\n".join(["# Decoding\n", *lines, ""]), encoding="utf-8")
+        output.write_text("\n".join(["# Decoding\n", *lines]).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def test_compare_two_evaluations(model, tmp_path):
     (chrf,) = compare_predictions(*files, metrics=["chrf"], samples=20)
     (row,) = (line.split() for line in result.stdout.splitlines() if line.split()[:1] == ["chrf"])
     assert row[1] == f"{chrf.scores[0]:.2f}"
-    assert row[-2:] == [f"{chrf.difference:+.2f}", f"{chrf.p_value:.4f}"]
+    assert row[-4:] == [f"{chrf.difference:+.2f}", "±", f"{chrf.difference_interval:.2f}", f"{chrf.p_value:.4f}"]
     assert "bs:20" in result.stdout
 
 

@@ -1,5 +1,6 @@
 """The scripts a person runs, as far as they can be run without a network and without minutes of training."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -261,27 +262,94 @@ def test_benchmark_of_generation(tmp_path):
     assert host == pytest.approx(5 * ours, rel=0.1)
 
 
-@pytest.mark.parametrize(("norm_position", "host"), [("post", "Marian"), ("pre", "loops")])
-def test_benchmark_of_a_whole_job(tmp_path, norm_position, host):
-    """A model of Marian's shape meets Marian with the same weights, any other the host's loops."""
-    pairs = [{"source": "a small cat sleeps here", "target": "un gatto"}, {"source": "the cat", "target": "il gatto"}]
-    tokenizer = train_tokenizer([pair["source"] for pair in pairs], kind="char")
+PAIRS = [
+    {"source": "a small cat sleeps here", "target": "un gatto"},
+    {"source": "the cat", "target": "il gatto"},
+    {"source": "a cat sleeps", "target": "un gatto dorme"},
+]
+
+
+def save_marian(folder, **changes):
+    """A model of Marian's shape, with its tokenizer."""
+    tokenizer = train_tokenizer([pair["source"] for pair in PAIRS], kind="char")
     torch.manual_seed(0)
-    config = DragomanConfig(
-        vocab_size=len(tokenizer), d_model=12, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=17, decoder_ffn_dim=19, norm_type="layernorm",
-        norm_position=norm_position, final_norm=False, activation_function="swish", gated_mlp=False,
-        attention_bias=True, mlp_bias=True, position_embedding_type="sinusoidal", sinusoid_layout="halves",
-        scale_embedding=True, lm_head_bias=True, max_position_embeddings=9, dropout=0.0,
-    )  # fmt: skip
-    DragomanForConditionalGeneration(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+    shape = {
+        "d_model": 12, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 17, "decoder_ffn_dim": 19, "norm_type": "layernorm",
+        "norm_position": "post", "final_norm": False, "activation_function": "swish", "gated_mlp": False,
+        "attention_bias": True, "mlp_bias": True, "position_embedding_type": "sinusoidal", "sinusoid_layout": "halves",
+        "scale_embedding": True, "lm_head_bias": True, "max_position_embeddings": 30, "dropout": 0.0,
+    }  # fmt: skip
+    model = DragomanForConditionalGeneration(DragomanConfig(vocab_size=len(tokenizer), **{**shape, **changes}))
+    model.generation_config.max_length = 9
+    model.generation_config.suppress_tokens = [tokenizer.pad_token_id]  # which a trained one does not write
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_benchmark_of_whole_jobs(tmp_path):
+    pytest.importorskip("ctranslate2", reason="needs the extra [export]")
+    model, other = save_marian(tmp_path / "deep"), save_marian(tmp_path / "shallow", encoder_layers=1)
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, PAIRS)), encoding="utf-8")
+    report = tmp_path / "report.md"
     done = run(
-        sys.executable, ROOT / "scripts" / "benchmark_generation.py", "--row", "job",
-        "--model", tmp_path / "model", "--data", tmp_path / "test.jsonl", "--threads", 1,
+        sys.executable, ROOT / "scripts" / "benchmark_generation.py", "--row", "job", "--row", "ctranslate2",
+        "--row", "deep_shallow", "--row", "refill", "--model", model, "--other", other, "--clock", "cpu",
+        "--data", tmp_path / "test.jsonl", "--threads", 1, "--repeats", 2, "--output", report,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"the host's {host} on batches of 32 in file order" in done.stdout
-    assert "2 of 2 outputs are equal" in done.stdout
-    assert "| whole job, sentences/s |" in done.stdout
+    text = report.read_text(encoding="utf-8")
+    assert text.splitlines()[2:] == done.stdout.rstrip().splitlines()
+    assert "the host's Marian with the same weights, generate() on batches of 32 in file order" in text
+    assert "3 of 3 outputs have the same tokens" in text
+    assert "deep (2+1 layers, " in text
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text.splitlines()}
+    single, eight_bits, difference, _ = rows["| CTranslate2 int8 export (our fp32), chrF"]
+    assert float(difference.split(" ± ")[0]) == pytest.approx(float(eight_bits) - float(single), abs=0.011)
+    for peer in (
+        "whole job (the host's Marian)", "CTranslate2 int8 export (our fp32)", "shallow (deep)"
+    ):  # fmt: skip
+        theirs, ours, ratio, _ = rows[f"| {peer}, sentences per second of the processor"]
+        assert float(theirs) > 0 < float(ours)
+        assert ratio.startswith("**")
+    left = rows["| beam 1"][0]
+    assert 85 < float(left.removesuffix("%")) < 100  # of 32 places, three are ever taken
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    with pytest.MonkeyPatch.context() as patch:
+        spec = importlib.util.spec_from_file_location("benchmark_jobs", ROOT / "scripts" / "benchmark_jobs.py")
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "benchmark_jobs", module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        yield module
+
+
+def test_a_model_that_marian_cannot_be_meets_the_hosts_loops(jobs, tmp_path):
+    sentences, references = ([pair[side] for pair in PAIRS] for side in ("source", "target"))
+    job = jobs.Job("test", sentences, references, repeats=1, threads=1, clock="cpu")
+    text = jobs.against_stock(job, save_marian(tmp_path / "model", norm_position="pre"), tmp_path)[0]
+    assert "each side once, model: the host's loops with the same weights" in text
+    assert "3 of 3 outputs have the same tokens" in text
+
+
+def test_differences_of_tokens_are_explained(jobs, tmp_path):
+    """Outputs that differ by rounding are equal in float64; one that another model made is not."""
+    sentences, references = ([pair[side] for pair in PAIRS] for side in ("source", "target"))
+    job = jobs.Job("test", sentences, references, repeats=1, threads=1, clock="cpu")
+    model, tokenizer = jobs.load(save_marian(tmp_path / "model"), "cpu")
+    stock = jobs.marian_with_weights_of(model, tmp_path)
+    stock.generation_config = model.generation_config
+    ours = job.translate(model, tokenizer)
+    changed = [jobs.Hypothesis("x", [*ours[0].token_ids[:-1], 5], ours[0].start_id), *ours[1:]]
+    told = jobs.differences(model, stock, tokenizer, job, [ours, changed])
+    assert told == (
+        "2 of 3 outputs have the same tokens. Of the other 1, 0 differ in score by less than 1e-5; in float64 1 are "
+        "equal."
+    )
+    torch.nn.init.normal_(stock.model.decoder.layers[0].fc1.weight)
+    theirs = jobs.stock_generate(stock, tokenizer, sentences, job.beams)
+    told = jobs.differences(model, stock, tokenizer, job, [theirs, ours])
+    assert told.endswith("Of the other 3, 0 differ in score by less than 1e-5; in float64 0 are equal.")

@@ -61,7 +61,23 @@ def test_equally_good_systems_are_not_told_apart(tmp_path):
     others = [sacrebleu.corpus_chrf(spoiled(0.2, seed), [REFERENCES]).score for seed in range(10, 20)]
     assert chrf.intervals[0] == pytest.approx(2 * np.std(others), rel=1.5)
     (same,) = compare_predictions(a, a, metrics=["chrf"], samples=50)
-    assert (same.difference, same.p_value) == (0.0, 1.0)
+    assert (same.difference, same.difference_interval, same.p_value) == (0.0, 0.0, 1.0)
+
+
+def test_the_interval_of_the_difference_is_that_of_pairs(tmp_path):
+    """Resampled by hand. A system and the same with one word less differ, though their own intervals overlap."""
+    first = spoiled(0.3, 3)
+    second = [line.replace("cane", "", 1) for line in first]
+    files = write(tmp_path / "a.txt", first), write(tmp_path / "b.jsonl", second)
+    (chrf,) = compare_predictions(*files, metrics=["chrf"], samples=200)
+    rows = np.random.default_rng(12345).choice(60, size=(200, 60))
+    scores = np.array([
+        [sacrebleu.corpus_chrf([texts[row] for row in of], [[REFERENCES[row] for row in of]]).score for of in rows]
+        for texts in (first, second)
+    ])  # fmt: skip
+    low, high = np.quantile(scores[1] - scores[0], [0.025, 0.975])
+    assert chrf.difference_interval == pytest.approx((high - low) / 2, rel=0.1)
+    assert chrf.difference_interval < abs(chrf.difference) < sum(chrf.intervals)
 
 
 def test_plain_text_with_references(files, tmp_path):

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from rich import box
 from rich.table import Table
 from sacrebleu.metrics import BLEU, CHRF, TER
-from sacrebleu.significance import PairedTest
+from sacrebleu.significance import PairedTest, _bootstrap_resample, estimate_ci
 
 from dragoman.data.reading import read_lines
 from dragoman.evaluation.metrics.common import reference_streams
@@ -31,6 +32,7 @@ class Difference:
         metric: as it was asked for.
         scores: of A and of B, 0 to 100 (TER may pass 100).
         intervals: half the width of the 95 % confidence interval of each, by the same resamples.
+        difference_interval: the same of the difference.
         p_value: chance of a difference at least this large between two systems that are equally good (two-sided).
         signature: what sacreBLEU computed, to be cited with the scores.
     """
@@ -38,6 +40,7 @@ class Difference:
     metric: str
     scores: tuple[float, float]
     intervals: tuple[float, float]
+    difference_interval: float
     p_value: float
     signature: str
 
@@ -91,20 +94,28 @@ def compare_predictions(
             if pair[0] != pair[1]:
                 raise ValueError(f"the reference of prediction {row} is {pair[0]!r} in {a} but {pair[1]!r} in {b}")
         found = references_a or references_b or []
-    return [_test(spec, first, second, found, samples) for spec in metrics]
+    return [compare_texts(first, second, found, spec, samples) for spec in metrics]
 
 
-def _test(spec: str, a: list[str], b: list[str], references: list[Reference], samples: int) -> Difference:
-    name, options = parse_spec(spec)
-    metric: Any = PAIRED[name](**options)
-    test = PairedTest([("A", a), ("B", b)], {name: metric}, reference_streams(references), "bs", samples)
-    signatures, results = test()
+def compare_texts(
+    a: list[str], b: list[str], references: list[Reference], metric: str = "chrf", samples: int = 1000
+) -> Difference:
+    """The same for texts in memory and one metric."""
+    name, options = parse_spec(metric)
+    scorer: Any = PAIRED[name](**options)
+    streams = reference_streams(references)
+    signatures, results = PairedTest([("A", a), ("B", b)], {name: scorer}, streams, "bs", samples)()
     (label,) = signatures
     first, second = cast(list[Any], results[label])
+    # sacreBLEU's test keeps no interval of the difference; its resamples are the same in every call.
+    statistics = (scorer._extract_corpus_statistics(texts, streams) for texts in (a, b))
+    resampled = [_bootstrap_resample(one, scorer, samples)[1] for one in statistics]
+    differences = np.array([other.score - one.score for one, other in zip(*resampled, strict=True)])
     return Difference(
-        metric=spec,
+        metric=metric,
         scores=(first.score, second.score),
         intervals=(first.ci, second.ci),
+        difference_interval=estimate_ci(differences)[1],
         # Any two systems differ by at least nothing; sacreBLEU counts the resamples that differ by more.
         p_value=1.0 if first.score == second.score else second.p_value,
         signature=str(signatures[label]),
@@ -137,5 +148,6 @@ def difference_table(differences: Sequence[Difference]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for one in differences:
         cells = [f"{score:.2f} ± {half:.2f}" for score, half in zip(one.scores, one.intervals, strict=True)]
-        table.add_row(one.metric, *cells, f"{one.difference:+.2f}", f"{one.p_value:.4f}")
+        difference = f"{one.difference:+.2f} ± {one.difference_interval:.2f}"
+        table.add_row(one.metric, *cells, difference, f"{one.p_value:.4f}")
     return table
