@@ -48,7 +48,7 @@ def test_the_command(saved, tmp_path):
             "quantization 'int4' is unknown to ctranslate2: use float32, int8, .*, bfloat16",
         ),
         ("modern", {"format": "onnx", "quantization": "int8"}, "quantization 'int8' is unknown to onnx: use float32"),
-        ("gru", {"format": "onnx"}, "'dragoman_rnn': only models of the Transformer family can be exported"),
+        ("gru", {"format": "ctranslate2"}, "of type 'dragoman_rnn', but ctranslate2 takes only dragoman"),
         ("learned", {"format": "ctranslate2"}, "CTranslate2 cannot express qk_norm=True"),
         ("nothing", {"format": "ctranslate2"}, "nothing does not exist"),
     ],

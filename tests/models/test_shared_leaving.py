@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 
 from conftest import BOS, EOS, FAMILIES, PAD, B, Family, V, make_batch
-from dragoman.models import decoding_steps, generation, modeling_dragoman
+from dragoman.models import decoding_steps, generation, modeling_dragoman, offline_search
 
 
 MODELS: dict[str, torch.nn.Module] = {}
@@ -121,6 +121,21 @@ def test_long_outputs_are_the_hosts(name, settings):
     )
 
 
+@pytest.fixture
+def rows(monkeypatch):
+    """The number of sources in every step."""
+    rows = []
+    for steps in (decoding_steps.ForwardSteps, decoding_steps.TransformerSteps):
+        inner = steps.next
+
+        def spy(self, tokens, parents, inner=inner):
+            rows.append(len(tokens))
+            return inner(self, tokens, parents)
+
+        monkeypatch.setattr(steps, "next", spy)
+    return rows
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -131,23 +146,35 @@ def test_long_outputs_are_the_hosts(name, settings):
     ],
     ids=str,
 )
-def test_rows_do_leave(any_family, monkeypatch, settings):
+def test_rows_do_leave(any_family, rows, settings):
     """The number of rows in a step falls while sentences end, and no step runs for nobody."""
-    model, rows = build(any_family), []
-    for steps in (decoding_steps.ForwardSteps, decoding_steps.TransformerSteps):
-        inner = steps.next
-
-        def spy(self, tokens, parents, inner=inner):
-            rows.append(len(tokens))
-            return inner(self, tokens, parents)
-
-        monkeypatch.setattr(steps, "next", spy)
+    model = build(any_family)
     torch.manual_seed(0)
     sequences = model.generate(**source(rows=9), max_new_tokens=12, suppress_tokens=[PAD], **settings)
     some_end_early = sequences.view(9, -1, sequences.shape[1])[:, :, -2:].eq(PAD).all(dim=-1).all(dim=-1).sum() >= 2
     assert rows[0] <= 9
     assert rows[-1] < 9 or not some_end_early
     assert rows == sorted(rows, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["modern", "relative", "luong"])
+@pytest.mark.parametrize(
+    "search",
+    [{"num_beams": 6, "num_beam_groups": 3, "diversity_penalty": 0.8}, {"num_beams": 3, "force_words_ids": [[6]]}],
+    ids=["diverse", "constrained"],
+)
+def test_rows_leave_the_offline_searches(name, search, rows, monkeypatch):
+    """Tokens as if all stayed to the end, though the number of rows falls. The penalty favors short outputs."""
+    model = build(next(family for family in FAMILIES if family.name == name))
+    arguments = {**source(rows=9), **search, "max_new_tokens": 12, "num_return_sequences": 2, "length_penalty": -1.0}
+    for early_stopping in (True, False):
+        rows.clear()
+        ours = model.generate(**arguments, early_stopping=early_stopping)
+        assert rows[0] == 9 > rows[-1]
+        assert rows == sorted(rows, reverse=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(offline_search, "follows_own_loop", lambda *_: False)
+            assert torch.equal(ours, model.generate(**arguments, early_stopping=early_stopping))
 
 
 def test_sampling_has_the_same_distribution(any_family):

@@ -77,7 +77,7 @@ Examples:
   dragoman export runs/quickstart runs/quickstart-onnx --format onnx""",
 )
 def export(
-    model: Annotated[str, typer.Argument(help="Folder of a trained Transformer, or its name on the Hub.")],
+    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
     output: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
     format: Annotated[str, typer.Option(help="ctranslate2 or onnx.")],
     quantization: Annotated[

@@ -16,18 +16,18 @@ FORMATS = {
 
 def export(model: str | Path, output: str | Path, *, format: str, quantization: str | None = None) -> Path:
     """
-    Writes a model of the Transformer family for another runtime, with its tokenizer beside it.
+    Writes a model for another runtime, with its tokenizer beside it.
 
     Args:
         model: folder of a saved model, or its name on the Hub.
         output: folder to write, new or empty. It appears when all of it is written.
-        format: `ctranslate2`, or `onnx` (three graphs, which `conversion/onnx.py` describes).
+        format: `ctranslate2`, or `onnx` (graphs, which `conversion/onnx.py` and `onnx_rnn.py` describe).
         quantization: of CTranslate2's weights, such as `int8`; None stores them as `float32`.
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: an unknown format or quantization; an output folder in use; a missing package; a model of the
-            recurrent family, or options that the runtime cannot express, all of them named.
+        ValueError: an unknown format or quantization; an output folder in use; a missing package; a recurrent model for
+            CTranslate2, or options that the runtime cannot express, all of them named.
     """
     output = Path(output).expanduser()
     if format not in FORMATS:
@@ -44,9 +44,10 @@ def export(model: str | Path, output: str | Path, *, format: str, quantization: 
             f"quantization {quantization!r} is unknown to {format}: use {', '.join(runtime.QUANTIZATIONS)}."
         )
     loaded, processing_class = load(model, "cpu", "float32")
-    if loaded.config.model_type != "dragoman":
+    families = ("dragoman",) if format == "ctranslate2" else ("dragoman", "dragoman_rnn")
+    if loaded.config.model_type not in families:
         raise ValueError(
-            f"{model} is of type {loaded.config.model_type!r}: only models of the Transformer family can be exported."
+            f"{model} is of type {loaded.config.model_type!r}, but {format} takes only {' or '.join(families)}."
         )
     with new_folder(output) as partial:
         runtime.write(partial, loaded, processing_class, quantization or "float32")

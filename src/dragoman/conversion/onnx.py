@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dragoman.conversion import onnx_generate
+from dragoman.conversion import onnx_generate, onnx_rnn
 from dragoman.data.tokenizers import ProcessingClass
 from dragoman.models.configuration_dragoman import DragomanConfig
+from dragoman.models.configuration_dragoman_rnn import DragomanRnnConfig
 from dragoman.models.modeling_dragoman import DragomanForConditionalGeneration
 
 
@@ -33,15 +34,14 @@ from dragoman.models.modeling_dragoman import DragomanForConditionalGeneration
 QUANTIZATIONS = ("float32",)
 
 
-def write(
-    folder: Path, model: DragomanForConditionalGeneration, processing_class: ProcessingClass, quantization: str
-) -> None:
+def write(folder: Path, model: Any, processing_class: ProcessingClass, quantization: str) -> None:
     """
-    Writes the three graphs, `settings.json` with the special ids, and `onnx_generate.py`, which needs onnxruntime and
-    numpy alone.
+    Writes the graphs, `settings.json` with the special ids, and `onnx_generate.py`, which needs onnxruntime and numpy
+    alone.
 
     Args:
         folder: exists and is empty.
+        model: with its head, of either family; `conversion/onnx_rnn.py` describes the graphs of the recurrent one.
         quantization: `float32`.
 
     Raises:
@@ -50,6 +50,15 @@ def write(
     problems = inexpressible(model.config)
     if problems:
         raise ValueError(f"ONNX graphs of any length cannot express {', '.join(problems)}.")
+    of_family = graphs if isinstance(model, DragomanForConditionalGeneration) else onnx_rnn.graphs
+    for name, (module, inputs, outputs) in of_family(model).items():
+        export_graph(folder / f"{name}.onnx", module, inputs, outputs)
+    (folder / "settings.json").write_text(json.dumps(settings_of(model), indent=2) + "\n", encoding="utf-8")
+    shutil.copy(onnx_generate.__file__, folder / "onnx_generate.py")
+
+
+def graphs(model: DragomanForConditionalGeneration) -> dict[str, tuple[nn.Module, dict[str, Any], list[str]]]:
+    """What computes each graph, its inputs by name, each a sample and the dimensions that are free, and its outputs."""
     config = model.config
     sample = torch.full((2, 5), config.vocab_size - 1)
     mask = torch.ones_like(sample)
@@ -61,47 +70,42 @@ def write(
         _, self_keys, self_values, *cross = prefill(prompt, states, mask)
         past = [past[:, :, None].repeat(1, 1, 4, 1, 1, 1) for past in (self_keys, self_values)]
     cross_names, past_names = ["cross_keys", "cross_values"], ["self_keys", "self_values"]
-    _export(
-        folder / "encoder.onnx",
-        encoder,
-        {"input_ids": (source, (0, 1)), "attention_mask": (mask, (0, 1))},
-        ["encoder_states"],
-    )
-    _export(
-        folder / "decoder_prefill.onnx",
-        prefill,
-        {
-            "decoder_input_ids": (prompt, (0, 1)),
-            "encoder_states": (states, (0, 1)),
-            "attention_mask": (mask, (0, 1)),
-        },
-        ["logits", *past_names, *cross_names],
-    )
-    _export(
-        folder / "decoder_step.onnx",
-        step,
-        {
-            "decoder_input_ids": (sample[:, :4].contiguous(), (0, 1)),
-            "attention_mask": (mask, (0, 1)),
-            **{name: (tensor, (1, 2, 4)) for name, tensor in zip(past_names, past, strict=True)},
-            **{name: (tensor, (1, 3)) for name, tensor in zip(cross_names, cross, strict=True)},
-        },
-        ["logits", *(f"next_{name}" for name in past_names)],
-    )
-    (folder / "settings.json").write_text(json.dumps(_settings(model), indent=2) + "\n", encoding="utf-8")
-    shutil.copy(onnx_generate.__file__, folder / "onnx_generate.py")
+    return {
+        "encoder": (encoder, {"input_ids": (source, (0, 1)), "attention_mask": (mask, (0, 1))}, ["encoder_states"]),
+        "decoder_prefill": (
+            prefill,
+            {
+                "decoder_input_ids": (prompt, (0, 1)),
+                "encoder_states": (states, (0, 1)),
+                "attention_mask": (mask, (0, 1)),
+            },
+            ["logits", *past_names, *cross_names],
+        ),
+        "decoder_step": (
+            step,
+            {
+                "decoder_input_ids": (sample[:, :4].contiguous(), (0, 1)),
+                "attention_mask": (mask, (0, 1)),
+                **{name: (tensor, (1, 2, 4)) for name, tensor in zip(past_names, past, strict=True)},
+                **{name: (tensor, (1, 3)) for name, tensor in zip(cross_names, cross, strict=True)},
+            },
+            ["logits", *(f"next_{name}" for name in past_names)],
+        ),
+    }
 
 
-def inexpressible(config: DragomanConfig) -> list[str]:
+def inexpressible(config: DragomanConfig | DragomanRnnConfig) -> list[str]:
     """The options that are not the same for every length of input, as `name=value`."""
+    if isinstance(config, DragomanRnnConfig):
+        return []
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if config.position_embedding_type == "rotary" and rope in ("dynamic", "longrope"):
         return [f"rope_parameters={config.rope_parameters!r}"]
     return []
 
 
-def _export(path: Path, module: nn.Module, inputs: dict[str, tuple[torch.Tensor, tuple[int, ...]]], outputs: list[str]):
-    """One graph: its inputs by name, each a sample and the dimensions that are free."""
+def export_graph(path: Path, module: nn.Module, inputs: dict[str, Any], outputs: list[str]):
+    """One graph, as `graphs` describes it; an input without a sample is none."""
     free = torch.export.Dim.DYNAMIC
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
     with warnings.catch_warnings():
@@ -110,24 +114,28 @@ def _export(path: Path, module: nn.Module, inputs: dict[str, tuple[torch.Tensor,
             module,
             tuple(sample for sample, _ in inputs.values()),
             dynamo=True,
-            input_names=list(inputs),
+            input_names=[name for name, (sample, _) in inputs.items() if sample is not None],
             output_names=outputs,
-            dynamic_shapes=tuple(dict.fromkeys(places, free) for _, places in inputs.values()),
+            dynamic_shapes=tuple(
+                None if sample is None else dict.fromkeys(places, free) for sample, places in inputs.values()
+            ),
             verbose=False,
         )
     program.save(path)
 
 
-def _settings(model: DragomanForConditionalGeneration) -> dict[str, Any]:
+def settings_of(model: Any) -> dict[str, Any]:
     """What decoding needs to know, as `model.generate()` has it."""
     saved, config = model.generation_config, model.config
     start = config.decoder_start_token_id if saved.decoder_start_token_id is None else saved.decoder_start_token_id
     end = config.eos_token_id if saved.eos_token_id is None else saved.eos_token_id
+    recurrent = isinstance(config, DragomanRnnConfig)
+    longest = config.max_target_length if recurrent else config.max_position_embeddings
     return {
         "decoder_start_token_id": start,
         "eos_token_id": [] if end is None else end if isinstance(end, list) else [end],
         "pad_token_id": config.pad_token_id if saved.pad_token_id is None else saved.pad_token_id,
-        "max_new_tokens": saved.max_new_tokens or (saved.max_length or config.max_position_embeddings) - 1,
+        "max_new_tokens": saved.max_new_tokens or (saved.max_length or longest) - 1,
     }
 
 

@@ -28,10 +28,11 @@ class OnnxModel:
         if threads is not None:
             options.intra_op_num_threads = threads
 
-        def session(name: str):
-            return onnxruntime.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
-
-        self.encoder, self.prefill, self.step = map(session, ("encoder", "decoder_prefill", "decoder_step"))
+        # A recurrent model takes a prompt step by step, and has no graph for it.
+        self.graphs = {
+            path.stem: onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            for path in folder.glob("*.onnx")
+        }
         self.settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
 
     def generate(
@@ -68,26 +69,43 @@ class OnnxModel:
         mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, dtype=np.int64)
         start = self.settings["decoder_start_token_id"]
         prompt = np.full((len(ids), 1), start) if decoder_input_ids is None else np.asarray(decoder_input_ids)
-        (states,) = self.encoder.run(None, {"input_ids": ids, "attention_mask": mask})
-        inputs = {"decoder_input_ids": prompt.astype(np.int64), "encoder_states": states, "attention_mask": mask}
-        logits, keys, values, cross_keys, cross_values = self.prefill.run(None, inputs)
-        past = [keys[:, :, None], values[:, :, None]]  # (L, B, 1, G, P, d)
-        source = {"attention_mask": mask, "cross_keys": cross_keys, "cross_values": cross_values}
+        prompt = prompt.astype(np.int64)
+        source = {"attention_mask": mask, **self.run("encoder", input_ids=ids, attention_mask=mask)}
+        if "decoder_prefill" in self.graphs:
+            source |= self.run("decoder_prefill", decoder_input_ids=prompt, **source)
+        # What belongs to the rows of a source, (L, B, n, ...), one of them at first.
+        names = [output.name for output in self.graphs["decoder_step"].get_outputs()[1:]]
+        past = {name: source.pop(name.removeprefix("next_"))[:, :, None] for name in names}
+        place = 0
 
         def follow(tokens: np.ndarray, parents: np.ndarray) -> np.ndarray:
             """Tokens (B, n), and for each the number of the row that it continues -> logits (B, n, V)"""
-            rows = parents[None, :, :, None, None, None]
-            names = ("self_keys", "self_values")
-            chosen = {name: np.take_along_axis(part, rows, axis=2) for name, part in zip(names, past, strict=True)}
-            logits, *past[:] = self.step.run(None, {"decoder_input_ids": tokens, **chosen, **source})
-            return logits
+            nonlocal past, place
+            for name, part in past.items():
+                rows = parents.reshape(1, *parents.shape, *[1] * (part.ndim - 3))
+                source[name.removeprefix("next_")] = np.take_along_axis(part, rows, axis=2)
+            past = self.run("decoder_step", decoder_input_ids=tokens, place=np.array(place), **source)
+            place += 1
+            return past.pop("logits")
 
+        if "decoder_prefill" in self.graphs:
+            logits = source.pop("logits")
+        else:
+            for token in prompt.T:
+                logits = follow(token[:, None], np.zeros((len(ids), 1), dtype=np.int64))[:, 0]
         limit = self.settings["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         if num_beams == 1:
             return self._greedy(prompt, logits, follow, limit)
         return self._beams(
             prompt, logits[:, None], follow, limit, num_beams, num_return_sequences, length_penalty, early_stopping
         )
+
+    def run(self, graph: str, **values: np.ndarray) -> dict[str, np.ndarray]:
+        """The outputs of a graph by name; of the values it takes what it knows."""
+        session = self.graphs[graph]
+        inputs = {one.name: values[one.name] for one in session.get_inputs()}
+        outputs = [one.name for one in session.get_outputs()]
+        return dict(zip(outputs, session.run(outputs, inputs), strict=True))
 
     def _greedy(self, ids, logits, follow, limit: int) -> np.ndarray:
         ends, pad = self.settings["eos_token_id"], self.settings["pad_token_id"]

@@ -77,6 +77,8 @@ class _OneDNNLinear(torch.autograd.Function):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`nn.functional.linear`, gradients of any order included, by whichever library is faster: (..., K) -> (..., M)."""
+    if torch.compiler.is_compiling():  # which would take the number of rows for a constant
+        return nn.functional.linear(x, weight, bias)
     rows = x.shape[:-1].numel()
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if rows * weight.numel() < FEWEST_MULTIPLICATIONS or weight.ndim != 2 or not suits_onednn(*tensors):

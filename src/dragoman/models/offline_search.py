@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.generation import GenerateBeamEncoderDecoderOutput, LogitsProcessorList, StoppingCriteriaList
 
-from .decoding_loops import follows_own_loop, one_row_per_source
+from .decoding_loops import Outbox, follows_own_loop, one_row_per_source, trimmed
 from .decoding_steps import ForwardSteps
 
 
@@ -30,7 +30,7 @@ def offline_beam_search(
     **model_kwargs,
 ):
     """
-    The loop of both searches.
+    The loop of both searches. Where only tokens are wanted, finished sentences leave the batch.
 
     Args and result as for the loops of `GenerationMixin`; `input_ids` are (B * n, t).
     """
@@ -41,13 +41,16 @@ def offline_beam_search(
     search = search_class(model, input_ids.view(-1, n, input_ids.shape[-1]), generation_config, stopping_criteria)
     beams = search.beams
     what = (model, input_ids, logits_processor, stopping_criteria, generation_config)
+    outbox = None
     if follows_own_loop(*what, model_kwargs, synced_gpus, streamer):
+        outbox = Outbox(len(input_ids) // n, device)
         steps = model.decoding_steps(input_ids[::n], one_row_per_source(model_kwargs, n), n)
     else:
         steps = RowSteps(model, input_ids, model_kwargs, n)
     asked = generation_config.return_dict_in_generate
     all_scores: Any = () if asked and generation_config.output_scores else None
     all_logits: Any = () if asked and generation_config.output_logits else None
+    returned = generation_config.num_return_sequences or 1
 
     ids: Any
     step, ids, done = steps.begin, input_ids, False
@@ -60,20 +63,25 @@ def offline_beam_search(
         used = search.extend(log_probabilities.unflatten(0, (-1, n)))
         all_logits = all_logits if all_logits is None else (*all_logits, logits)
         all_scores = all_scores if all_scores is None else (*all_scores, used.flatten(0, 1))
-        done = not torch.stack([group.open for group in beams]).any()
+        is_open = torch.stack([group.open for group in beams]).any(dim=0)
+        done = not is_open.any()
+        if outbox is not None:
+            sequences, history, _ = best_of(beams, returned)
+            staying = outbox.put(torch.cat((sequences, (history != -1).sum(dim=-1, keepdim=True)), dim=-1), ~is_open)
+            if staying is not None:
+                search.check_found(returned, ~is_open)
+                if done:
+                    return trimmed(outbox, input_ids.shape[1], beams[0].fill)
+                search.keep(staying)
+                steps.keep(staying)
         running = torch.cat([group.running for group in beams], dim=1)
         parents = torch.cat([group.parents + place * group.w for place, group in enumerate(beams)], dim=1)
         ids = running.flatten(0, 1)
         step = functools.partial(steps.next, running[:, :, -1], parents)
 
-    returned = generation_config.num_return_sequences or 1
-    search.check_found(returned)
-    scores, best = torch.cat([group.ended_scores for group in beams], dim=1).sort(dim=1, descending=True, stable=True)
-    scores, best = scores[:, :returned].flatten(), best[:, :returned]
-    sequences: Any
-    history: Any
-    sequences = gather(torch.cat([group.sequences for group in beams], dim=1), best).flatten(0, 1)
-    history = gather(torch.cat([group.ended_history for group in beams], dim=1), best).flatten(0, 1)
+    search.check_found(returned, ~is_open)
+    parts: Any = best_of(beams, returned)
+    sequences, history, scores = (part.flatten(0, 1) for part in parts)
     longest = int((history != -1).sum(dim=1).max())
     sequences, history = sequences[:, : input_ids.shape[1] + longest], history[:, :longest]
     if not asked:
@@ -119,7 +127,12 @@ class DiverseBeamSearch:
             group.extend(scores, parents, tokens, torch.arange(scores.shape[1], device=scores.device) < self.w)
         return torch.cat(used, dim=1)
 
-    def check_found(self, returned: int):
+    def keep(self, sources: torch.Tensor):
+        """Goes on with these sources (B',) alone."""
+        for group in self.beams:
+            group.keep(sources)
+
+    def check_found(self, returned: int, finished: torch.Tensor):
         """Whatever there is will do."""
 
 
@@ -176,9 +189,15 @@ class ConstrainedBeamSearch:
         self.states = gather(after, order.gather(1, kept))
         return log_probabilities
 
-    def check_found(self, returned: int):
+    def keep(self, sources: torch.Tensor):
+        """Goes on with these sources (B',) alone."""
+        self.states = self.states[sources]
+        self.beams[0].keep(sources)
+
+    def check_found(self, returned: int, finished: torch.Tensor):
+        """Refuses to give fewer outputs for one of the sources (B,) that are finished."""
         (beams,) = self.beams
-        found = int(beams.ended_scores.isfinite().sum(dim=1).min())
+        found = int(beams.ended_scores[finished].isfinite().sum(dim=1).min())
         if found < returned:
             raise ValueError(
                 f"only {found} of num_return_sequences={returned} outputs of at most max_length={self.max_length} "
@@ -259,6 +278,13 @@ class Beams:
             self.open &= ~full
         return places
 
+    def keep(self, sources: torch.Tensor):
+        """Goes on with these sources (B',) alone."""
+        self.running, self.scores, self.parents = self.running[sources], self.scores[sources], self.parents[sources]
+        self.sequences, self.ended_scores = self.sequences[sources], self.ended_scores[sources]
+        self.history, self.ended_history = self.history[sources], self.ended_history[sources]
+        self.open, self.offsets = self.open[sources], self.offsets[sources]
+
 
 class ForcedWords:
     """
@@ -335,6 +361,15 @@ class RowSteps(ForwardSteps):
         cache = self.model_kwargs.get("past_key_values")
         if cache is not None:
             self.model_kwargs["past_key_values"] = self.model._reorder_cache(cache, rows)
+
+
+def best_of(beams: list[Beams], count: int) -> tuple[Any, Any, torch.Tensor]:
+    """The best hypotheses of all groups that have ended: sequences and history (B, count, t), scores (B, count)"""
+    scores, best = torch.cat([group.ended_scores for group in beams], dim=1).sort(dim=1, descending=True, stable=True)
+    best = best[:, :count]
+    sequences = gather(torch.cat([group.sequences for group in beams], dim=1), best)
+    history = gather(torch.cat([group.ended_history for group in beams], dim=1), best)
+    return sequences, history, scores[:, :count]
 
 
 def best_continuations(totals: torch.Tensor, count: int):
