@@ -42,9 +42,13 @@ def in_bash(command: str, text: str = "") -> str:
 
 
 def run_script(name: str, *arguments: object) -> str:
-    """What a script prints."""
+    """What a script prints; what lies beside it can be imported meanwhile."""
     path = SCRIPTS / name
-    with redirect_stdout(io.StringIO()) as output, mock.patch.object(sys, "argv", [str(path), *map(str, arguments)]):
+    with (
+        redirect_stdout(io.StringIO()) as output,
+        mock.patch.object(sys, "argv", [str(path), *map(str, arguments)]),
+        mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]),
+    ):
         try:
             runpy.run_path(str(path), run_name="__main__")
         except SystemExit as end:

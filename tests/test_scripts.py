@@ -1,6 +1,5 @@
 """The scripts a person runs, as far as they can be run without a network and without minutes of training."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands import run_script
+from commands import load_script, run_script
 from dragoman import DragomanConfig, DragomanForConditionalGeneration
 from dragoman.data.tokenizers import train_tokenizer
 from training.experiments import write_experiment
@@ -319,12 +318,7 @@ def test_benchmark_of_whole_jobs(tmp_path):
 
 @pytest.fixture(scope="module")
 def jobs():
-    with pytest.MonkeyPatch.context() as patch:
-        spec = importlib.util.spec_from_file_location("benchmark_jobs", ROOT / "scripts" / "benchmark_jobs.py")
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "benchmark_jobs", module)  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        yield module
+    return load_script("benchmark_jobs")
 
 
 def test_a_model_that_marian_cannot_be_meets_the_hosts_loops(jobs, tmp_path):
