@@ -185,7 +185,7 @@ def test_two_processes_have_one_tokenizer(tmp_path):
     assert ">>0<<" in (tmp_path / "run" / "tokenizer.json").read_text()
 
 
-@pytest.mark.parametrize("given", [[], ["training.output_dir=runs/my model", "model.d_model=64"]])
+@pytest.mark.parametrize("given", [[], ["training.output_dir=runs/my model", "model.d_model=64"], ["--resume"]])
 def test_the_quickstart_translates_with_what_it_trained(checkout, given):
     add_python(checkout, (3, 11))
     calls = checkout / "dragoman.txt"
@@ -195,10 +195,11 @@ def test_the_quickstart_translates_with_what_it_trained(checkout, given):
     script = checkout / "repository" / "scripts" / "quickstart.sh"
     result = run("bash", script, *given, cwd="/", env={"PATH": str(checkout / "bin")})
     assert result.returncode == 0, result.stderr
-    folder = "runs/my model" if given else "runs/quickstart"
+    folder = "runs/my model" if "model.d_model=64" in given else "runs/quickstart"
+    earlier = "--resume" if "--resume" in given else "--overwrite"
     train, generate = calls.read_text().splitlines()
     assert train.startswith("train|configs/quickstart.yaml|")
-    assert train.endswith(f"training.output_dir={folder}|--overwrite|")
+    assert train.endswith(f"training.output_dir={folder}|{earlier}|")
     assert [override for override in given if override not in train] == []
     assert generate == f"generate|{folder}|--compare|"
 
