@@ -109,7 +109,7 @@ def test_command_line():
         "compare": ["--metric", "--references", "--samples", "a", "b"],
         "convert": ["--dtype", "--revision", "output", "source"],
         "average": ["--last", "folders"],
-        "export": ["--format", "--quantization", "model", "output"],
+        "export": ["--format", "--quantization", "--revision", "model", "output"],
         "push": ["--message", "--private", "--revision", "model", "repository"],
     }
 

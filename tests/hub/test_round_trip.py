@@ -226,7 +226,12 @@ def test_a_revision_of_a_name_on_the_hub(world, tmp_path):
             f"revision '{old}' is for a name on the Hub, but {world.folder}/heart is",
         ),
     ]:
-        for command in (["generate", model], ["serve", model, "--port", "0"], ["demo", model, "--port", "0"]):
+        for command in (
+            ["generate", model],
+            ["serve", model, "--port", "0"],
+            ["demo", model, "--port", "0"],
+            ["export", model, tmp_path / "exported", "--format", "ctranslate2"],
+        ):
             result = run_dragoman(*command, "--revision", revision)
             assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
             assert sentence in result.stderr

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dragoman.cli.options import Revision
+from dragoman.cli.options import Model, Revision
 from dragoman.cli.terminal import quiet_bars
 
 
@@ -77,13 +77,14 @@ Examples:
   dragoman export runs/quickstart runs/quickstart-onnx --format onnx""",
 )
 def export(
-    model: Annotated[str, typer.Argument(help="Folder of a trained model, or its name on the Hub.")],
+    model: Model,
     output: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
     format: Annotated[str, typer.Option(help="ctranslate2 or onnx.")],
     quantization: Annotated[
         str | None,
         typer.Option(help="Of ctranslate2: int8, int8_float32, int16, float16 and so on.", show_default="float32"),
     ] = None,
+    revision: Revision = None,
 ) -> None:
     """Write a model and its tokenizer for another runtime: CTranslate2, or ONNX (onnxruntime).
 
@@ -92,7 +93,7 @@ def export(
     from dragoman.conversion import export as run
 
     quiet_bars()
-    folder = run(model, output, format=format, quantization=quantization)
+    folder = run(model, output, format=format, quantization=quantization, revision=revision)
     megabytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
     print(f"{model} is now a model for {format} in {folder}, {megabytes:.1f} MB")
 

@@ -14,7 +14,14 @@ FORMATS = {
 }
 
 
-def export(model: str | Path, output: str | Path, *, format: str, quantization: str | None = None) -> Path:
+def export(
+    model: str | Path,
+    output: str | Path,
+    *,
+    format: str,
+    quantization: str | None = None,
+    revision: str | None = None,
+) -> Path:
     """
     Writes a model for another runtime, with its tokenizer beside it.
 
@@ -23,6 +30,7 @@ def export(model: str | Path, output: str | Path, *, format: str, quantization: 
         output: folder to write, new or empty. It appears when all of it is written.
         format: `ctranslate2`, or `onnx` (graphs, which `conversion/onnx.py` and `onnx_rnn.py` describe).
         quantization: of CTranslate2's weights, such as `int8`; None stores them as `float32`.
+        revision: branch, tag or commit of a model on the Hub; None takes its main branch.
 
     Raises:
         FileNotFoundError: no such model.
@@ -43,7 +51,7 @@ def export(model: str | Path, output: str | Path, *, format: str, quantization: 
         raise ValueError(
             f"quantization {quantization!r} is unknown to {format}: use {', '.join(runtime.QUANTIZATIONS)}."
         )
-    loaded, processing_class = load(model, "cpu", "float32")
+    loaded, processing_class = load(model, "cpu", "float32", revision)
     families = ("dragoman",) if format == "ctranslate2" else ("dragoman", "dragoman_rnn")
     if loaded.config.model_type not in families:
         raise ValueError(
