@@ -263,6 +263,7 @@ def main(
     other: Annotated[Path | None, typer.Option(help="The second one of deep_shallow.")] = None,
     data: Annotated[str | None, typer.Option(help="Their test sentences: a file, or embedded:NAME/SPLIT.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many sentences of them.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sentences in a batch of translate() and of the export.")] = 32,
     clock: Annotated[
         str, typer.Option(help="Of those rows: wall, or cpu, the time of the processor, for a busy machine.")
     ] = "wall",
@@ -343,7 +344,7 @@ def main(
         if chosen:
             lines += summary(goals)
         if model is not None and data is not None:
-            job = read_job(data, limit, repeats=repeats, threads=threads, clock=clock)
+            job = read_job(data, limit, repeats=repeats, threads=threads, clock=clock, batch_size=batch_size)
             lines += ["", *whole_files(jobs, job, model, other, Path(scratch))]
     print(*lines[printed:], sep="\n", flush=True)
     if output is not None:

@@ -200,7 +200,8 @@ def against_stock(job: Job, folder: Path, scratch: Path) -> list[str]:
     peer = "Marian" if isinstance(stock, transformers.MarianMTModel) else "loops"
     return [
         f"Whole job: {job}, {folder.name}: the host's {peer} with the same weights, generate() on batches of 32 in "
-        f"file order, against translate(). {differences(model, stock, tokenizer, job, found)}",
+        f"file order, against translate() in sorted batches of {job.batch_size}. "
+        f"{differences(model, stock, tokenizer, job, found)}",
         *summary([job.row(f"whole job (the host's {peer})", times, ">= 3")]),
     ]
 
