@@ -3,10 +3,10 @@
     python scripts/kill_and_resume.py
     python scripts/kill_and_resume.py --kills 20 --output scripts/results/kill_and_resume.md
 
-Each run is a process of its own; it gets SIGKILL or SIGTERM, half of the times at any moment, half of the times while a
-checkpoint is being written, and is started again with `--resume`, until it ends. Then its weights, its average, its
-optimizer and its evaluations must be those of the run that was left alone, bit for bit. After every kill the run must
-go on from the last checkpoint that was complete. The exit status is 1 if any of this fails.
+Each run is a process of its own; while it trains it gets SIGKILL or SIGTERM, half of the times at any moment, half of
+the times while a checkpoint is being written, and is started again with `--resume`, until it ends. Then its weights,
+its average, its optimizer and its evaluations must be those of the run that was left alone, bit for bit. After every
+kill the run must go on from the last checkpoint that was complete. The exit status is 1 if any of this fails.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +32,7 @@ from safetensors.torch import load_file
 
 import dragoman.cli
 import dragoman.training.run  # (imported before the processes are forked, so that each begins at once)
-from dragoman.training.checkpoints import complete_checkpoints, unfinished_checkpoints
+from dragoman.training.checkpoints import COMPLETE_FILE, complete_checkpoints, unfinished_checkpoints
 
 
 SIZES = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
@@ -119,15 +121,23 @@ def wait(process: int, until: float) -> int | None:
         time.sleep(0.001)
 
 
-def wait_for_writing(process: int, output: Path) -> int | None:
-    """As `wait`, until a checkpoint is there without its marker that was not there before."""
-    begun = time.time()
-    while not [one for one in unfinished_checkpoints(output) if changed_since(one, begun)]:
-        status = wait(process, time.perf_counter())
+def wait_for(process: int, happened: Callable[[], bool]) -> int | None:
+    """The exit status of a process that ends before that; else None, as soon as it has happened."""
+    while not happened():
+        status = wait(process, time.perf_counter() + 0.0005)
         if status is not None:
             return status
-        time.sleep(0.0005)
     return None
+
+
+def trains(log: Path) -> bool:
+    """Whether a run is about to make its first step: it has said how much memory that takes."""
+    return log.exists() and "memory: " in log.read_text()
+
+
+def writes(run: Path, begun: float) -> bool:
+    """Whether a checkpoint is there without its marker that was not there at that time."""
+    return any(changed_since(one, begun) for one in unfinished_checkpoints(run))
 
 
 def changed_since(folder: Path, moment: float) -> bool:
@@ -137,9 +147,38 @@ def changed_since(folder: Path, moment: float) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A run that was left alone.
+
+    Attributes:
+        last: name of its last checkpoint.
+        seconds: from its first step to that.
+    """
+
+    folder: Path
+    last: str
+    seconds: float
+
+
+def leave_alone(place: Path) -> Whole:
+    run, log = place / "whole", place / "whole.log"
+    process = start(place / "experiment.yaml", run, log)
+    status = wait_for(process, lambda: trains(log))
+    begin = time.time()
+    if status is not None or wait(process, float("inf")):
+        raise RuntimeError(log.read_text())
+    last = complete_checkpoints(run)[-1]
+    return Whole(run, last.name, (last / COMPLETE_FILE).stat().st_mtime - begin)
+
+
 def newest(run: Path) -> str:
     checkpoints = complete_checkpoints(run)
     return checkpoints[-1].name if checkpoints else "none"
+
+
+def step_of(checkpoint: str) -> int:
+    return 0 if checkpoint == "none" else int(checkpoint.rpartition("-")[2])
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -173,6 +212,7 @@ def main(
     failures: list[str] = []
     done = 0
     runs = 0
+    in_writing = 0
 
     def say(line: str) -> None:
         lines.append(line)
@@ -182,52 +222,57 @@ def main(
     say("|---|--:|---|---|--:|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        whole: dict[str, tuple[Path, float]] = {}
+        whole: dict[str, Whole] = {}
         while done < kills:
             name = list(RUNS)[runs % len(RUNS)]
             place = folder / str(list(RUNS).index(name))
             if name not in whole:
                 place.mkdir()
                 write_experiment(place, RUNS[name], pairs)
-                begin = time.perf_counter()
-                if wait(start(place / "experiment.yaml", place / "whole", place / "whole.log"), float("inf")):
-                    raise RuntimeError((place / "whole.log").read_text())
-                whole[name] = place / "whole", time.perf_counter() - begin
+                whole[name] = leave_alone(place)
             runs += 1
             run, log = place / f"killed-{runs}", place / f"killed-{runs}.log"
             status: int | None = None
             while status != 0:
                 before = newest(run)
-                begin = time.perf_counter()
+                log.unlink(missing_ok=True)
+                begin, begun = time.perf_counter(), time.time()
                 process = start(place / "experiment.yaml", run, log)
+                status = wait_for(process, lambda log=log: trains(log))
                 number = chance.choice([signal.SIGKILL, signal.SIGTERM])
-                writing = chance.random() < 0.5
-                if done == kills:
-                    status = wait(process, float("inf"))
-                elif writing:
-                    status = wait_for_writing(process, run)
+                if status is not None or done == kills or before == whole[name].last:
+                    pass
+                elif chance.random() < 0.5:
+                    status = wait_for(process, lambda run=run, begun=begun: writes(run, begun))
                     status = wait(process, time.perf_counter() + chance.uniform(0, 0.03)) if status is None else status
                 else:
-                    status = wait(process, begin + chance.uniform(0, whole[name][1]))
-                if status is None:
-                    seconds, last = time.perf_counter() - begin, newest(run)
+                    left = 1 - step_of(before) / step_of(whole[name].last)
+                    status = wait(process, time.perf_counter() + chance.uniform(0, left * whole[name].seconds))
+                if status is None and done < kills and newest(run) != whole[name].last:
+                    seconds, last, writing = time.perf_counter() - begin, newest(run), writes(run, begun)
                     os.kill(process, number)
                     status = wait(process, float("inf"))
-                    done += 1
-                    moment = "writing a checkpoint" if writing else "any"
+                    done, in_writing = done + 1, in_writing + writing
+                    moment = "writing a checkpoint" if writing else "between checkpoints"
                     say(f"| {name} | {done} | {number.name} | {moment} | {seconds:.2f} | {before} | {last} |")
-                elif status:
-                    raise RuntimeError(log.read_text())
-                begun = re.search(r"Resuming from .*(checkpoint-\d+)|starting anew", log.read_text())
-                if begun and (begun[1] or "none") != before:
-                    failures.append(f"{run.name} ({name}) went on from {begun[1]} and not from {before}")
-            found = differences(run, whole[name][0])
+                else:
+                    status = wait(process, float("inf")) if status is None else status
+                    if status:
+                        raise RuntimeError(log.read_text())
+                resumed = re.search(r"Resuming from .*(checkpoint-\d+)|starting anew", log.read_text())
+                if (resumed[1] or "none" if resumed else None) != before:
+                    failures.append(f"{run.name} ({name}) went on from {resumed and resumed[1]} and not from {before}")
+            found = differences(run, whole[name].folder)
             failures += [f"{run.name} ({name}): {difference}" for difference in found]
     say("")
     verdict = (
         "all ended with the weights, averages, optimizers and scores of the runs that were left alone, bit for bit"
     )
-    say(f"{done} kills of {runs} runs; " + (verdict if not failures else f"DIFFERENT: {'; '.join(failures)}") + ".")
+    say(
+        f"{done} kills of {runs} runs, {in_writing} of them while a checkpoint was being written; "
+        + (verdict if not failures else f"DIFFERENT: {'; '.join(failures)}")
+        + "."
+    )
     if output is not None:
         command = f"python scripts/kill_and_resume.py --kills {kills} --pairs {pairs} --seed {seed}"
         output.write_text(

@@ -135,7 +135,8 @@ def test_the_quickstart_sentences_are_new():
 
 @pytest.mark.slow
 def test_train_script_in_two_processes(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", ROOT / "configs" / "accelerate" / "ddp_cpu.yaml"]
     path = write_experiment(tmp_path, training={"max_steps": 2})
     result = run(*launch, ROOT / "scripts" / "train.py", path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
@@ -348,3 +349,46 @@ def test_differences_of_tokens_are_explained(jobs, tmp_path):
     theirs = jobs.stock_generate(stock, tokenizer, sentences, job.beams)
     told = jobs.differences(model, stock, tokenizer, job, [theirs, ours])
     assert told.endswith("Of the other 3, 0 differ in score by less than 1e-5; in float64 0 are equal.")
+
+
+def test_scaling_on_paper(capsys):
+    """Twice the GPUs take half the time of a job that does not wait for gradients."""
+    load_script("scaling").main(gpu="A100,312,300,25,80", d_model=64)
+    printed = capsys.readouterr().out
+    assert re.match(r"On this machine, one thread, d=64: bare products \d+ GFLOP/s, training steps \d+", printed)
+    table = [line.split(" | ") for line in printed.splitlines() if line.startswith(("| WMT", "| a billion"))]
+    assert [row[3] for row in table] == ["1", "8", "64"] * 2
+    hours = [float(row[7].replace(",", "")) for row in table[3:]]
+    assert hours[0] / 8 == pytest.approx(hours[1], rel=0.01)
+    assert hours[0] > hours[1] > hours[2]
+
+
+def test_benchmark_of_training(tmp_path, capsys):
+    """Small sizes: all sides train, at equal numbers of target tokens, and ours pads less than random batches."""
+    load_script("benchmark_training").main(
+        row=["speed", "step"], data=Path("embedded:tiny_en_it/train"), pairs=90, batch_size=3, d_model=16, layers=1,
+        vocab_size=300, steps=1, turns=1, output=tmp_path / "report.md",
+    )  # fmt: skip
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.splitlines()[0] in report
+    speeds = {
+        row[0]: row for row in re.findall(r"^\| (.+?), (.+?) \| .+?\| (\d+) \| ([\d.]+)% \|", report, re.MULTILINE)
+    }
+    assert speeds.keys() == {"ours", "marian", "bart", "t5"}
+    tokens = [int(row[2]) for row in speeds.values()]
+    assert max(tokens) < 1.2 * min(tokens)
+    assert float(speeds["ours"][3]) < float(speeds["t5"][3])
+    steps = re.findall(r"^\| (\w+) \| (\d+) \| (.*)\|$", report.partition("## Bare step")[2], re.MULTILINE)
+    assert [side for side, *_ in steps] == ["ours", "marian", "bart", "t5"]
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_one_that_was_left_alone(tmp_path):
+    """Two kills, in training; the harness says itself whether anything differs."""
+    command = [sys.executable, ROOT / "scripts" / "kill_and_resume.py", "--kills", 2, "--pairs", 60, "--seed", 3]
+    done = run(*command, "--output", tmp_path / "report.md", env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = (tmp_path / "report.md").read_text()
+    kills = re.findall(r"^\| .+? \| (\d) \| (SIG\w+) \| .+? \| \S+ \| (\S+) \| (\S+) \|$", report, re.MULTILINE)
+    assert [number for number, *_ in kills] == ["1", "2"]
+    assert "all ended with the weights, averages, optimizers and scores of the runs that were left alone" in report

@@ -293,6 +293,42 @@ def test_packed_pairs_equal_separate_pairs(any_transformer, implementation):
         model(input_ids=sources[0][None], decoder_input_ids=targets[0][None], decoder_segment_ids=numbers(targets[:1]))
 
 
+@pytest.mark.parametrize("name", ["modern", "relative"])
+def test_packing_with_flex_attention(name, monkeypatch):
+    """
+    Loss and gradients. torch refuses gradients of flex attention on a CPU, because the compiled form has none there;
+    the other form has them, but for relative biases, once nobody asks for the device.
+    """
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *tensors: None)
+    model = family(name).build(dtype=torch.float32)
+    model.set_attn_implementation("flex_attention")
+    generator = torch.Generator().manual_seed(2)
+    sources = [torch.randint(3, V, (length,), generator=generator) for length in (4, 7, 3)]
+    targets = [torch.randint(3, V, (length,), generator=generator) for length in (5, 2, 6)]
+    starts = [torch.cat((torch.tensor([0]), target[:-1])) for target in targets]
+
+    def gradients(rows):
+        model.zero_grad()
+        with torch.compiler.set_stance("force_eager"):
+            loss = sum(model(**row, num_items_in_batch=sum(map(len, targets))).loss for row in rows)
+            loss.backward()
+        trained = {key: weight for key, weight in model.named_parameters() if "relative_bias" not in key}
+        return float(loss.detach()), {key: weight.grad.clone() for key, weight in trained.items()}
+
+    def row(*parts):
+        names = ("input_ids", "decoder_input_ids", "labels")
+        return {name: torch.cat(part)[None] for name, part in zip(names, parts, strict=True)}
+
+    numbers = [torch.cat([torch.full((len(part),), number) for number, part in enumerate(parts)])[None]
+               for parts in (sources, targets)]  # fmt: skip
+    packed = row(sources, starts, targets) | dict(zip(("segment_ids", "decoder_segment_ids"), numbers, strict=True))
+    loss, found = gradients([packed])
+    separate_loss, expected = gradients([row([s], [b], [t]) for s, b, t in zip(sources, starts, targets, strict=True)])
+    assert loss == pytest.approx(separate_loss, rel=1e-5)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5, msg=key)
+
+
 def test_cross_attention_weights(any_transformer, batch):
     model = any_transformer.build()
     model.set_attn_implementation("eager")

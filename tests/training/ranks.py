@@ -1,30 +1,68 @@
-"""What each process does for test_two_processes.py: trains in several ways and writes what came out.
+"""
+What each process does for test_two_processes.py: trains in several ways and writes what came out.
 
-python -m torch.distributed.run --nproc-per-node 2 ranks.py FOLDER
+    python -m torch.distributed.run --nproc-per-node 2 ranks.py FOLDER
 """
 
 import json
+import os
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import yaml
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, Seq2SeqTrainingArguments
 from transformers.distributed import DistributedConfig
 
-import dragoman  # noqa: F401 (registers the models)
-from dragoman.data.tokenizers import load_tokenizer
+from dragoman import preset
+from dragoman.data.tokenizers import load_tokenizer, train_tokenizer
+from dragoman.training.arguments import Experiment, load_experiment
+from dragoman.training.run import train
 from dragoman.training.trainer import DurableTrainer
+from training.experiments import WORDS, write_experiment
 
 
-PAIRS, STEPS, RATE = 4, 10, 0.1  # pairs of an update, of all processes
+PAIRS, STEPS, RATE, MOMENTUM = 4, 10, 0.1, 0.7  # pairs of an update, of all processes
+SAVED = 4  # the step after which a sharded checkpoint is written
+STOPPED = 4  # the step in which a process is told to stop; an epoch has three
+IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+SIZES = {"d_model": 12, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 18, "decoder_ffn_dim": 20}
+SIZES |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+MODELS = {
+    "tied": {"name": "modern", **SIZES, "share_embeddings": True, "tie_lm_head": True},
+    "tied_head": {"name": "modern", **SIZES, "share_embeddings": False, "tie_lm_head": True},
+    "untied": {"name": "modern", **SIZES, "share_embeddings": False, "tie_lm_head": False},
+    "recurrent": {"name": "lstm_bahdanau", "embedding_dim": 12, "hidden_size": 12, "share_embeddings": True}
+    | {"tie_lm_head": True},
+}
+
+
+def write_models(folder: Path) -> None:
+    tokenizer = train_tokenizer(WORDS, "word")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for name, keys in MODELS.items():
+        torch.manual_seed(3)
+        model = AutoModelForSeq2SeqLM.from_config(preset(**keys, **IDS, dropout=0.0, vocab_size=len(tokenizer)))
+        model.generation_config.max_length = 9
+        model.save_pretrained(folder / name)
+
+
+def read_model(folder: Path, name: str, **config):
+    return AutoModelForSeq2SeqLM.from_pretrained(folder / name, dtype=torch.float64, **config)
 
 
 def rows(count: int, first: int = 0) -> list[dict[str, list[int]]]:
@@ -36,10 +74,6 @@ def rows(count: int, first: int = 0) -> list[dict[str, list[int]]]:
         }
         for number in range(first, first + count)
     ]
-
-
-def read_model(folder: Path, name: str = "model", **config):
-    return AutoModelForSeq2SeqLM.from_pretrained(folder / name, dtype=torch.float64, **config)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -55,8 +89,8 @@ def save(model, path: Path, losses: list[float]) -> None:
 
 def with_the_trainer(folder: Path, processes: int) -> DurableTrainer:
     """SGD steps, then an evaluation that generates, of a set that cannot be shared out evenly."""
-    tokenizer = load_tokenizer(folder / "model")
-    model = read_model(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    model = read_model(folder, "tied")
 
     def compute_metrics(prediction):
         real = (prediction.predictions != -100) & (prediction.predictions != 1)
@@ -84,13 +118,20 @@ def with_the_trainer(folder: Path, processes: int) -> DurableTrainer:
     return trainer
 
 
-def by_hand(model, folder: Path, name: str, rank: int, shares: int) -> None:
-    """SGD steps as the Trainer makes them, with the loss in chunks, on this process's share of each batch."""
-    collator = DataCollatorForSeq2Seq(load_tokenizer(folder / "model"), model=model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+def by_hand(
+    model, folder: Path, name: str, rank: int, shares: int, checkpoint: Path | None = None, resume: bool = False
+) -> None:
+    """
+    SGD steps as the Trainer makes them, with the loss in chunks, on this process's share of each batch. With a
+    `checkpoint` that is written on the way, or is where the steps go on from.
+    """
+    collator = DataCollatorForSeq2Seq(load_tokenizer(folder / "tokenizer"), model=model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+    if resume:
+        load_sharded(model, optimizer, checkpoint)
     losses = []
     model.train()
-    for step in range(STEPS):
+    for step in range(SAVED if resume else 0, STEPS):
         batch = rows(PAIRS, first=PAIRS * step)
         count = sum(len(row["labels"]) for row in batch)
         outputs = model(**collator(batch[rank::shares]), num_items_in_batch=count)
@@ -102,23 +143,121 @@ def by_hand(model, folder: Path, name: str, rank: int, shares: int) -> None:
         if shares > 1:
             dist.all_reduce(total)
         losses.append(float(total))
+        if checkpoint is not None and not resume and step + 1 == SAVED:
+            dcp.save(
+                dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)),
+                checkpoint_id=checkpoint,
+            )
     save(model, folder / f"{name}.safetensors", losses)
+
+
+def load_sharded(model, optimizer, checkpoint: Path) -> None:
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=checkpoint)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+
+
+def sharded(folder: Path, name: str):
+    """Under FSDP2, which is asserted: Accelerate would fall back in silence."""
+    model = read_model(folder, name, distributed_config=DistributedConfig(fsdp_size=2))
+    assert isinstance(model, FSDPModule)
+    assert all(isinstance(weight, DTensor) for weight in model.parameters())
+    assert isinstance(model.model.encoder.rnn if name == "recurrent" else model.model.decoder.layers[0], FSDPModule)
+    return model
+
+
+def prepare(folder: Path) -> None:
+    """What one process has to write before several read it."""
+    write_models(folder)
+    changes = {"max_steps": STOPPED + 1, "logging_steps": 1, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    for name, keys in {"ddp": {"ema_decay": 0.8}, "fsdp": {"load_best_model_at_end": False}}.items():
+        (folder / name).mkdir()
+        write_experiment(folder / name, training={**changes, **keys})
+    sections = yaml.safe_load((folder / "fsdp" / "tiny.yaml").read_text())
+    sections["model"] = {"preset": "lstm_bahdanau", "embedding_dim": 12, "hidden_size": 12}
+    (folder / "fsdp" / "recurrent.yaml").write_text(yaml.safe_dump(sections))
+
+
+def stopped_and_resumed(folder: Path, rank: int, is_wrapped: Callable[[Any], bool]) -> None:
+    """Trains an experiment without a break, and again with a SIGTERM to one of the processes, and resumes that."""
+    original = DurableTrainer.training_step
+    stopping = False
+
+    def step(self, model, *args, **kwargs):
+        assert is_wrapped(model)
+        if stopping and self.state.global_step == STOPPED - 1 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, model, *args, **kwargs)
+
+    def load(name: str) -> Experiment:
+        return load_experiment(folder / "tiny.yaml", [f"training.output_dir={folder / name}"])
+
+    DurableTrainer.training_step = step
+    train(load("whole"))
+    stopping = True
+    try:
+        train(load("stopped"))
+    except KeyboardInterrupt as stop:
+        (folder / f"stopped-{rank}.txt").write_text(str(stop))
+    stopping = False
+    train(load("stopped"), resume=True)
+    DurableTrainer.training_step = original
+
+
+@contextmanager
+def fsdp_of_accelerate() -> Iterator[None]:
+    """
+    What `accelerate launch --config_file configs/accelerate/fsdp2.yaml` sets. Accelerate has FSDP for every kind of
+    processes but those of the CPU; told that these are of another kind, it has it here too.
+    """
+    settings = yaml.safe_load((Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2.yaml").read_text())
+    os.environ.update({name.upper(): str(value) for name, value in settings["fsdp_config"].items()})
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    originals = PartialState._prepare_backend, PartialState.set_device
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    yield
+    PartialState._prepare_backend, PartialState.set_device = originals
+    del os.environ["ACCELERATE_USE_FSDP"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def is_sharded(model) -> bool:
+    """By FSDP2, layer by layer, the shared table with the rest."""
+    layers = [*model.model.encoder.layers, *model.model.decoder.layers]
+    parts = all(isinstance(part, FSDPModule) for part in (model, *layers))
+    weights = all(isinstance(weight, DTensor) for weight in model.parameters())
+    return parts and weights and model.lm_head.weight is model.model.encoder.embed_tokens.weight
 
 
 def main(folder: Path) -> None:
     with_the_trainer(folder, 2)
+    stopped_and_resumed(folder / "ddp", dist.get_rank(), lambda model: isinstance(model, DistributedDataParallel))
+    with fsdp_of_accelerate():
+        stopped_and_resumed(folder / "fsdp", dist.get_rank(), is_sharded)
+        for name, changes in {"tiny": ["training.ema_decay=0.9"], "recurrent": []}.items():
+            path = folder / "fsdp" / f"{name}.yaml"
+            try:
+                train(load_experiment(path, [f"training.output_dir={folder / 'refused'}", *changes]))
+            except ValueError as error:
+                path.with_suffix(f".{dist.get_rank()}.txt").write_text(str(error))
     rank = dist.get_rank()
-    sharded = read_model(folder, "untied", distributed_config=DistributedConfig(fsdp_size=2))
-    assert isinstance(sharded, FSDPModule)
-    assert all(isinstance(weight, DTensor) for weight in sharded.parameters())
-    assert isinstance(sharded.model.decoder.layers[0], FSDPModule)
-    by_hand(sharded, folder, "fsdp", rank, 2)
-    dcp.save(get_model_state_dict(sharded), checkpoint_id=folder / "sharded")
-    parallel = read_model(folder, distributed_config=DistributedConfig(tp_size=2))
+    for name in MODELS:
+        model = sharded(folder, name)
+        by_hand(model, folder, f"fsdp-{name}", rank, 2, folder / "sharded" if name == "tied" else None)
+        tied_to = {"tied": "encoder", "recurrent": "encoder", "tied_head": "decoder"}
+        if name in tied_to:
+            table = model.model.get_submodule(tied_to[name]).embed_tokens
+            assert model.lm_head.weight is table.weight
+    model = sharded(folder, "tied")
+    by_hand(model, folder, "fsdp-resumed", rank, 2, folder / "sharded", resume=True)
+    model.save_pretrained(folder / "fsdp-saved")
+    parallel = read_model(folder, "tied", distributed_config=DistributedConfig(tp_size=2))
     layer = parallel.model.decoder.layers[0]
     assert isinstance(layer.cross_attn.q_proj.weight, DTensor)
     assert layer.cross_attn.q_proj.weight.to_local().shape[0] == layer.cross_attn.q_proj.weight.shape[0] // 2
-    by_hand(parallel, folder, "tp", 0, 1)
+    by_hand(parallel, folder, "tp-tied", 0, 1)
     dist.destroy_process_group()
 
 

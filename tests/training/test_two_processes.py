@@ -1,5 +1,6 @@
 """Two processes end where one does: DDP, FSDP2 and tensor parallelism in float64, over gloo."""
 
+import functools
 import json
 import os
 import subprocess
@@ -8,16 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
+from transformers.distributed import DistributedConfig
 
 from dragoman import preset
-from dragoman.data.tokenizers import train_tokenizer
+from dragoman.training.checkpoints import complete_checkpoints, unfinished_checkpoints
 from training import ranks
-from training.experiments import WORDS
 
 
 ROOT = Path(__file__).parents[2]
@@ -27,18 +27,9 @@ ROOT = Path(__file__).parents[2]
 def folder(tmp_path_factory):
     """Where two processes have done what ranks.py says, all in one start."""
     folder = tmp_path_factory.mktemp("two")
-    tokenizer = train_tokenizer(WORDS, "word")
-    sizes = {"d_model": 12, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 18, "decoder_ffn_dim": 20}
-    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": len(tokenizer)}
-    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
-    for name, ties in {"model": True, "untied": False}.items():
-        torch.manual_seed(3)
-        config = preset("modern", **sizes, **ids, dropout=0.0, share_embeddings=ties, tie_lm_head=ties)
-        model = AutoModelForSeq2SeqLM.from_config(config)
-        model.generation_config.max_length = 9
-        model.save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / "model")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ranks.prepare(folder)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", str(ROOT / "configs" / "accelerate" / "tensor_parallel.yaml")]
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), *sys.path])
     process = subprocess.run(
         [*launch, str(Path(ranks.__file__)), str(folder)],
@@ -82,29 +73,99 @@ def test_an_evaluation_that_generates_ends(folder):
     assert one["rows"] == 7
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "start"), [("fsdp", "untied"), ("tp", "model")])
-def test_sharded_models_train_as_whole_ones(folder, name, start):
-    """
-    The loss is made in chunks, and no process has all the weights (ranks.py asserts it). Without ties under FSDP2: the
-    plan that Transformers applies leaves the other ends of a tied table behind after the first step.
-    """
-    ranks.by_hand(ranks.read_model(folder, start), folder, f"whole-{start}", 0, 1)
-    assert_same_training(folder / f"{name}.safetensors", folder / f"whole-{start}.safetensors")
+@pytest.fixture(scope="module")
+def alone(folder):
+    """One process does what two did, once for each model."""
+
+    @functools.cache
+    def train(name: str) -> Path:
+        ranks.by_hand(ranks.read_model(folder, name), folder, f"alone-{name}", 0, 1)
+        return folder / f"alone-{name}.safetensors"
+
+    return train
 
 
 @pytest.mark.slow
-def test_a_sharded_checkpoint_loads_into_one_process(folder):
-    """Resharding from 2 to 1 by torch.distributed.checkpoint."""
-    model = ranks.read_model(folder, "untied")
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    state = model.state_dict()
-    dcp.load(state, checkpoint_id=folder / "sharded")
-    model.load_state_dict(state)
-    expected = load_file(folder / "fsdp.safetensors")
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, expected[name]), name
-    assert not any(torch.equal(before[name], weight) for name, weight in expected.items() if "k_proj.bias" not in name)
+@pytest.mark.parametrize("way", [*(f"fsdp-{name}" for name in ranks.MODELS), "tp-tied"])
+def test_sharded_models_train_as_whole_ones(folder, alone, way):
+    """The loss is made in chunks, and no process has all the weights (ranks.py asserts it); ties stay ties."""
+    assert_same_training(folder / f"{way}.safetensors", alone(way.partition("-")[2]))
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_from_its_checkpoint(folder, alone):
+    """Weights and momentum, each process's part, in two processes again or in one (torch.distributed.checkpoint)."""
+    expected = load_file(alone("tied"))
+    ranks.by_hand(ranks.read_model(folder, "tied"), folder, "resharded", 0, 1, folder / "sharded", resume=True)
+    for name in ("fsdp-resumed", "resharded"):
+        assert losses(folder / f"{name}.safetensors") == pytest.approx(losses(alone("tied"))[ranks.SAVED :], abs=1e-9)
+        for key, weight in load_file(folder / f"{name}.safetensors").items():
+            torch.testing.assert_close(weight, expected[key], rtol=0, atol=1e-9, msg=key)
+    interrupted, resumed = (load_file(folder / f"fsdp-{name}.safetensors") for name in ("tied", "resumed"))
+    assert all(torch.equal(resumed[name], weight) for name, weight in interrupted.items())
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_saved_with_its_own_code(folder):
+    """And not with that of the class that FSDP2 gives it."""
+    config = json.loads((folder / "fsdp-saved" / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForSeq2SeqLM"] == "modeling_dragoman.DragomanForConditionalGeneration"
+    assert (folder / "fsdp-saved" / "modeling_dragoman.py").is_file()
+    saved = load_file(folder / "fsdp-saved" / "model.safetensors")
+    expected = load_file(folder / "fsdp-tied.safetensors")
+    assert all(torch.equal(saved[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_one_process_told_to_stop_stops_both(folder, way):
+    """
+    After the same step, with one complete checkpoint; resumed, the run ends as one that was left alone, bit for bit:
+    with an average of the weights (DDP), or shared out by Accelerate's FSDP2, tied as the default is. (The checkpoint
+    of the stop is in the middle of an epoch.)
+    """
+    for rank in (0, 1):
+        assert f"stopped and saved after step {ranks.STOPPED};" in (folder / way / f"stopped-{rank}.txt").read_text()
+    whole, stopped = folder / way / "whole", folder / way / "stopped"
+    names = [[checkpoint.name for checkpoint in complete_checkpoints(run)] for run in (whole, stopped)]
+    assert names == [["checkpoint-3", "checkpoint-5"], ["checkpoint-3", "checkpoint-4", "checkpoint-5"]]
+    assert unfinished_checkpoints(stopped) == []
+    files = ["model.safetensors", "checkpoint-5/model.safetensors"]
+    for name in [*files, *(["checkpoint-5/current_weights.safetensors"] if way == "ddp" else [])]:
+        one, other = load_file(whole / name), load_file(stopped / name)
+        assert one.keys() == other.keys()
+        assert [key for key, weight in one.items() if not torch.equal(weight, other[key])] == []
+    logs = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in (whole, stopped)]
+    scores = [[(log["step"], log["eval_loss"], log["eval_chrf"]) for log in run if "eval_loss" in log] for run in logs]
+    assert scores[0] == scores[1]
+    assert [step for step, *_ in scores[0]] == [3, 5]
+    assert (
+        load_file(whole / "model.safetensors").keys()
+        == load_file(folder / "ddp" / "whole" / "model.safetensors").keys()
+    )
+    assert any((whole / "checkpoint-5").glob("pytorch_model_fsdp_0/__1_*.distcp")) == (way == "fsdp")
+    config = json.loads((stopped / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForSeq2SeqLM"] == "modeling_dragoman.DragomanForConditionalGeneration"
+
+
+@pytest.mark.slow
+def test_what_fsdp_cannot_train_is_refused(folder):
+    """Also where the launch file and not the experiment asks for it, in every process, before anything is written."""
+    sentences = {
+        "tiny": "training.ema_decay needs whole weights in each process; leave out FSDP and DeepSpeed",
+        "recurrent": "a recurrent model has no layers that FSDP could share out among processes; leave out "
+        "training.fsdp, or launch with configs/accelerate/ddp.yaml",
+    }
+    for name, sentence in sentences.items():
+        assert {(folder / "fsdp" / f"{name}.{rank}.txt").read_text() for rank in (0, 1)} == {sentence}
+    assert list((folder / "refused").iterdir()) == []
+
+
+def test_ties_under_fsdp_and_tensor_parallelism_at_once_are_refused():
+    config = preset(**ranks.MODELS["tied_head"], **ranks.IDS, vocab_size=11)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(ValueError, match="train a model with share_embeddings=False and tie_lm_head=False, or leave"):
+        model.maybe_distribute_model(model, DistributedConfig(fsdp_size=2, tp_size=2), None)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

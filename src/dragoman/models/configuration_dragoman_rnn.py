@@ -61,6 +61,7 @@ class DragomanRnnConfig(PreTrainedConfig):
     model_type = "dragoman_rnn"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_hidden_layers": "decoder_layers"}
+    base_model_fsdp_plan = {"embed_tokens": "free_full_weight"}
 
     vocab_size: int = 32000
     source_vocab_size: int | None = None

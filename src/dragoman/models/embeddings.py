@@ -27,6 +27,30 @@ class TokenTables:
     get_encoder: Any
     get_decoder: Any
     _get_resized_embeddings: Any
+    _fsdp_plan: Any
+    _tied_weights_keys: Any
+
+    def init_parallel_plans(self):
+        """As the host's, but under FSDP2 the ends of a tied table belong to the group of the whole model, because
+        `fully_shard` knows all names of a parameter within one group only."""
+        host: Any = super()
+        host.init_parallel_plans()
+        ends = {name.rpartition(".")[0] for tie in self._tied_weights_keys.items() for name in tie}
+        for rule in ends | self.config.base_model_fsdp_plan.keys():  # the latter are those of a stack
+            self._fsdp_plan.pop(rule, None)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As the host's, which ties after it has shared out: under FSDP2 the ends would be tables of their own."""
+        host: Any = super()
+        if distributed_config is not None and distributed_config.dp_size > 1:
+            if distributed_config.tp_size > 1 and model.all_tied_weights_keys:
+                raise ValueError(
+                    "FSDP and tensor parallelism at once cannot keep a tied table whole: train a model with "
+                    "share_embeddings=False and tie_lm_head=False, or leave out fsdp_size or tp_size."
+                )
+            model.tie_weights(recompute_mapping=False)
+        return host.maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.get_encoder().embed_tokens
@@ -40,6 +64,8 @@ class TokenTables:
         """
         As the host's, which saves a table once that two names share: the configuration has to say that they do. PEFT
         takes it back when it merges an adapter into a model whose output layer is not tied.
+
+        The code saved beside the weights is that of the model, also where FSDP2 has given it a class of torch's.
         """
         if (
             self.config.share_embeddings
@@ -47,7 +73,12 @@ class TokenTables:
         ):
             self.config.tie_word_embeddings = True
         host: Any = super()
-        host.save_pretrained(*args, **kwargs)
+        present = type(self)
+        self.__class__ = next(kind for kind in present.__mro__ if not kind.__module__.startswith("torch."))
+        try:
+            host.save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = present
 
     def _tables_are_one(self) -> bool:
         return self.config.share_embeddings and self.config.tie_word_embeddings

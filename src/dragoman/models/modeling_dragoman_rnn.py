@@ -173,6 +173,8 @@ def check_mask(name: str, mask: torch.Tensor | None):
 class DragomanRnnEncoder(DragomanRnnPreTrainedModel):
     """Source tokens -> source states, and the last state of every layer."""
 
+    _fsdp_plan = {"rnn": "free_full_weight"}
+
     def __init__(self, config: DragomanRnnConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.source_vocab_size or config.vocab_size, config.embedding_dim)

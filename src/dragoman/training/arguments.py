@@ -174,8 +174,6 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("packing needs max_tokens_per_batch, the tokens of a batch")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be between 0 and 1, for example 0.999")
-        if self.ema_decay is not None and (self.fsdp or self.deepspeed):
-            raise ValueError("ema_decay needs whole weights in each process; leave out fsdp and deepspeed")
         if self.samples < 0:
             raise ValueError(f"samples is {self.samples}; it must be 0 or more")
         super().__post_init__()

@@ -22,7 +22,8 @@ CURRENT_WEIGHTS_FILE = "current_weights.safetensors"
 WEIGHTS_FILE = "model.safetensors"
 # What a checkpoint holds for the Trainer alone, or says about one checkpoint.
 _OF_ONE_CHECKPOINT = (
-    "optimizer.*",
+    "optimizer*",
+    "pytorch_model_fsdp*",
     "scheduler.*",
     "scaler.*",
     "rng_state*",

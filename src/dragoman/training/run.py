@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from safetensors import SafetensorError
@@ -160,7 +160,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         finally:
             if arguments.process_index == 0:
                 plot_run(trainer.state.log_history, output / PLOT_FILE)
-    if companion.interrupted:  # too late to be heard after a step
+    if companion.hears_stop(arguments):  # too late to be heard after a step
         companion.stop(trainer.state)
 
     scores: dict[str, float] = {}
@@ -330,7 +330,7 @@ class _Companion(TrainerCallback):
         self.saves_at_epoch_end = False
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.interrupted:
+        if self.hears_stop(args):
             control.should_save = True
         # A run that resumes after the last step of an epoch begins with the next one: what the end of the epoch brings,
         # an evaluation above all, has to be done before that checkpoint is written.
@@ -347,6 +347,12 @@ class _Companion(TrainerCallback):
             # Raised rather than control.should_training_stop, which would first run the evaluation of an epoch's end
             # and so make the resumed run differ from an uninterrupted one.
             self.stop(state)
+
+    def hears_stop(self, arguments: Any) -> bool:
+        """Whether any process was told to stop: all of them have to, after the same step."""
+        if arguments.world_size > 1:
+            self.interrupted = bool(gather(torch.tensor([int(self.interrupted)], device=arguments.device)).any())
+        return self.interrupted
 
     def stop(self, state: TrainerState) -> None:
         raise KeyboardInterrupt(
@@ -370,10 +376,14 @@ class _Companion(TrainerCallback):
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM saves after the current step and stops; the second stops at once."""
-        if self.experiment.training.world_size > 1 or threading.current_thread() is not threading.main_thread():
-            yield  # processes stopped at different steps would wait for each other forever
+        """
+        The first Ctrl-C or SIGTERM saves after the current step and stops; the second stops at once. One of several
+        processes does not listen for a second: the launcher passes on the first, which some have heard already.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
             return
+        alone = self.experiment.training.world_size == 1
 
         def restore() -> None:
             for number, handler in previous.items():
@@ -381,8 +391,9 @@ class _Companion(TrainerCallback):
 
         def interrupt(number: int, frame: FrameType | None) -> None:
             self.interrupted = True
-            restore()
-            os.write(2, b"stopping after this step; once more to stop at once\n")  # print() may be at work itself
+            if alone:
+                restore()
+                os.write(2, b"stopping after this step; once more to stop at once\n")  # print() may be at work itself
 
         previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -15,6 +15,7 @@ from transformers import Seq2SeqTrainer, TrainerState
 from transformers.trainer_utils import sort_checkpoints
 
 from dragoman.data.batching import TokenBudgetBatches
+from dragoman.models.modeling_dragoman_rnn import DragomanRnnForConditionalGeneration
 from dragoman.models.pipeline_dragoman import language_arguments
 from dragoman.models.scheduled_sampling import teacher_forcing_schedule
 from dragoman.training.arguments import TrainingArguments
@@ -52,6 +53,13 @@ class DurableTrainer(Seq2SeqTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled and isinstance(self.model, DragomanRnnForConditionalGeneration):
+            raise ValueError(
+                "a recurrent model has no layers that FSDP could share out among processes; leave out training.fsdp, "
+                "or launch with configs/accelerate/ddp.yaml"
+            )
+        if average is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("training.ema_decay needs whole weights in each process; leave out FSDP and DeepSpeed")
         self.complete_checkpoint = complete_checkpoint
         self.average = average
         self.divergence = divergence
@@ -71,6 +79,7 @@ class DurableTrainer(Seq2SeqTrainer):
                 self.average.save_current(checkpoint)
             self.complete_checkpoint(checkpoint, self.state)
             self._delete_checkpoints(folder)
+        self.accelerator.wait_for_everyone()  # a process that ends earlier takes the others with it
 
     def _delete_checkpoints(self, folder: str) -> None:
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
@@ -115,9 +124,24 @@ class DurableTrainer(Seq2SeqTrainer):
         if self.average is not None:
             self.average.resume(Path(resume_from_checkpoint))
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         with self._averaged():
-            super().save_model(*args, **kwargs)
+            super().save_model(output_dir, *args, **kwargs)
+        if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            # The Trainer writes shards alone, and those into checkpoints alone; a folder is to hold a model, too.
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args, **kwargs)
+        # Accelerate's FSDP2 makes groups of the tables it asks the model for and leaves out the decoder's, which torch
+        # refuses where they are one. Told of none, it leaves all ends of a tie to the group of the whole model.
+        model: Any = self.model
+        model.get_input_embeddings = model.get_output_embeddings = lambda: None
+        try:
+            return super()._prepare_for_training(*args, **kwargs)
+        finally:
+            del model.get_input_embeddings, model.get_output_embeddings
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Several processes share out equal numbers of rows, the last ones twice; Seq2SeqTrainer would count those.
