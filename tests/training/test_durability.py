@@ -188,7 +188,12 @@ def test_the_experiment_cannot_resume_with_another_average(tmp_path):
 def test_overwriting_can_be_killed_too(tmp_path, monkeypatch):
     train(tiny(tmp_path, max_steps=2))
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda path: kill())
+        original = shutil.rmtree
+
+        def dying(path, **kwargs):
+            kill() if Path(path).name.startswith("checkpoint-") else original(path, **kwargs)
+
+        patch.setattr(shutil, "rmtree", dying)
         with pytest.raises(Killed):
             train(tiny(tmp_path, max_steps=2), overwrite=True)
     assert last_complete_checkpoint(tmp_path / "run") is None

@@ -426,7 +426,8 @@ def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite:
     if not present.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     try:
-        tempfile.TemporaryDirectory(dir=present).cleanup()
+        # Its name is one that another process, which looks whether the folder is in use, passes over.
+        tempfile.TemporaryDirectory(UNFINISHED, dir=present).cleanup()
     except OSError as error:
         raise OSError(f"cannot write to {output}: {error.strerror}") from error
     in_use = output.is_dir() and any(file.suffix != UNFINISHED for file in output.iterdir())
