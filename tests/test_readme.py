@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 from contextlib import chdir
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,9 @@ def answers(folder: Path, command: str) -> bool:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [sys.executable, "-m", "dragoman", *shlex.split(command)[1:], "--port", str(port)]
-    with subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+    # Tests that run in the background ignore Ctrl-C, and would hand that on.
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, text=True, preexec_fn=hears) as server:
         address = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())[0]
         with urllib.request.urlopen(address, timeout=30) as page:
             found = "Dragoman" in page.read().decode()
