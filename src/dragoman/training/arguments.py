@@ -37,6 +37,7 @@ from dragoman.inference.arguments import GenerationArguments, check_combination,
 from dragoman.inference.loading import model_folder
 from dragoman.models.scheduled_sampling import teacher_forcing_schedule
 from dragoman.settings import check_key, nearest, one_line, parse_mapping, parse_yaml, typed
+from dragoman.training.checks import check_libraries, check_ranges
 
 
 PathPair = str | list[str]
@@ -154,7 +155,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         figures = check_metrics(self.metrics)
         if self.metric_for_best_model is not None:
-            known = {"loss": False, **(figures if self.predict_with_generate else {})}
+            are_scored = self.predict_with_generate and not self.prediction_loss_only
+            known = {"loss": False, **(figures if are_scored else {})}
             best = self.metric_for_best_model.removeprefix("eval_")
             if best not in known:
                 raise ValueError(
@@ -162,21 +164,17 @@ class TrainingArguments(Seq2SeqTrainingArguments):
                 )
             if self.greater_is_better is None:  # Transformers knows only that a loss should fall
                 self.greater_is_better = known[best]
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens_per_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.learning_rate < 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be 0 or more")
+        check_ranges(self)
         if self.max_steps < 1 and self.num_train_epochs <= 0:
             raise ValueError(f"num_train_epochs is {self.num_train_epochs}; it must be greater than 0")
         if self.packing and self.max_tokens_per_batch is None:
             raise ValueError("packing needs max_tokens_per_batch, the tokens of a batch")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be between 0 and 1, for example 0.999")
-        if self.samples < 0:
-            raise ValueError(f"samples is {self.samples}; it must be 0 or more")
+        if self.report_to is None:
+            self.report_to = "none"
         super().__post_init__()
+        check_libraries(self)
         if self.teacher_forcing_schedule is not None:
             valid = list(inspect.signature(teacher_forcing_schedule).parameters)[1:]
             for key in self.teacher_forcing_schedule:
@@ -198,6 +196,10 @@ _DECIDED_ELSEWHERE = {
     "decoder_start_token_id": "it comes from the tokenizer",
     "eos_token_id": "it comes from the tokenizer",
     "hub_token": "it would be saved and pushed with the experiment; set HF_TOKEN or run `hf auth login`",
+    "batch_eval_metrics": "scores such as BLEU need all outputs at once",
+    "use_liger_kernel": "Liger has no kernels for these models",
+    "liger_kernel_config": "Liger has no kernels for these models",
+    "parallelism_config": "use `accelerate launch --config_file`, as with configs/accelerate",
     "sortish_sampler": "set training.train_sampling_strategy: group_by_length",
 }
 _FROM_THE_TOKENIZER = (
@@ -318,7 +320,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
             keys = _checked_batches(keys, built["data"], sections["model"]["model_type"], where)
         try:
             built[name] = section_class(**keys)
-        except ValueError as error:
+        except (ImportError, TypeError, ValueError) as error:  # of the libraries that the Trainer asks
             raise ValueError(f"{files(name)}: {name}: {one_line(error)}") from error
 
     model_type = sections["model"]["model_type"]
