@@ -112,7 +112,7 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path, monkeypatch, whole, caps
     assert unfinished_checkpoints(output) == []
 
 
-def test_a_kill_after_the_last_step(tmp_path, monkeypatch, whole):
+def test_a_kill_after_the_last_step(tmp_path, monkeypatch, whole, capsys):
     """Nothing is trained any more, though the epoch would have batches left."""
     _, uninterrupted = whole
     shutil.copytree(uninterrupted, tmp_path / "run")
@@ -122,7 +122,11 @@ def test_a_kill_after_the_last_step(tmp_path, monkeypatch, whole):
     state.write_text(state.read_text().replace(str(uninterrupted), str(tmp_path / "run")))
     in_step(monkeypatch, 10, kill)
     experiment = load_experiment(uninterrupted / "experiment.yaml", [f"training.output_dir={tmp_path / 'run'}"])
+    capsys.readouterr()
     assert_same_end(train(experiment, resume=True), uninterrupted)
+    said = capsys.readouterr().out
+    assert "step 9 was the last one: nothing is left to train" in said
+    assert "train_loss" not in said  # of no steps
 
 
 def test_a_kill_after_early_stopping(tmp_path, monkeypatch):

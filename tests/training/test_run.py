@@ -157,6 +157,26 @@ def test_an_unfinished_checkpoint_is_skipped(tmp_path, finished):
     assert_equal_weights(train(experiment, resume=True), finished)
 
 
+def test_a_finished_run_is_reported_and_left_alone(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    experiment = load_experiment(finished / "experiment.yaml")
+    assert train(experiment, resume=True) == finished
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    scores = json.loads((finished / "test_results.json").read_text())
+    assert capsys.readouterr().out.splitlines() == [
+        f"{finished} is finished already, after step 6: nothing is left to do",
+        *(f"test {name}: {value:.2f} (greedy search)" for name, value in scores.items()),
+    ]
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path, finished, capsys):
+    output = shutil.copytree(finished, tmp_path / "run")
+    longer = [f"training.output_dir={output}", "training.max_steps=7", "training.load_best_model_at_end=false"]
+    train(load_experiment(finished / "experiment.yaml", longer), resume=True)
+    assert json.loads((output / "complete.json").read_text())["step"] == 7
+    assert "nothing is left" not in capsys.readouterr().out
+
+
 def test_resuming_another_experiment_is_refused(finished):
     experiment = load_experiment(finished / "experiment.yaml", ["model.d_model=16", "tokenizer.kind=char"])
     with pytest.raises(ValueError, match=r"was started with another model\.d_model, tokenizer\.kind"):

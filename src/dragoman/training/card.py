@@ -10,6 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers import GenerationConfig
 
+from dragoman.training.checkpoints import TEST_FILE
+
 
 MARKER = "<!-- Written by Dragoman. Delete this line to edit the card: `dragoman push` then leaves it as it is. -->"
 USAGE = """\
@@ -153,7 +155,7 @@ def _results(folder: Path, experiment: dict[str, Any], task: str) -> list[EvalRe
                 )
             )
 
-    tested, evaluated = folder / "test_results.json", folder / "evaluation" / "scores.json"
+    tested, evaluated = folder / TEST_FILE, folder / "evaluation" / "scores.json"
     if experiment and experiment["data"].get("test") and tested.is_file():
         decoding = decoding_name(GenerationConfig.from_pretrained(folder))
         add(data_name(experiment["data"]["test"]), json.loads(tested.read_text(encoding="utf-8")), decoding)

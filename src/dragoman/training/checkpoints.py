@@ -1,9 +1,11 @@
 """Which checkpoints of a run are whole: those with their marker, which is written last."""
 
+import json
 from pathlib import Path
 
 
 COMPLETE_FILE = "complete.json"
+TEST_FILE = "test_results.json"
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -14,3 +16,8 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 def unfinished_checkpoints(run: Path) -> list[Path]:
     return [folder for folder in sorted(run.glob("checkpoint-*")) if not (folder / COMPLETE_FILE).exists()]
+
+
+def step_of(folder: Path) -> int:
+    """The step after which a finished model or a complete checkpoint was written."""
+    return json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8"))["step"]

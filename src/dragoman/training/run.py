@@ -59,7 +59,13 @@ from dragoman.training.arguments import Experiment, load_experiment
 from dragoman.training.averaging import WeightAverage
 from dragoman.training.batches import side_lengths
 from dragoman.training.card import decoding_name, write_card
-from dragoman.training.checkpoints import COMPLETE_FILE, complete_checkpoints, unfinished_checkpoints
+from dragoman.training.checkpoints import (
+    COMPLETE_FILE,
+    TEST_FILE,
+    complete_checkpoints,
+    step_of,
+    unfinished_checkpoints,
+)
 from dragoman.training.memory import MemoryEstimate, estimate_memory
 from dragoman.training.push import check_token, one_sentence_for_hub_errors, push
 from dragoman.training.trainer import LanguagesTrainer, ScheduledSamplingTrainer
@@ -96,6 +102,11 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         checkpoint = last_complete_checkpoint(output) if resume else None
     if arguments.push_to_hub:
         check_token()
+    if resume and not arguments.push_to_hub and _is_finished(output, experiment):
+        say(f"{output} is finished already, after step {step_of(output)}: nothing is left to do")
+        scores = json.loads((output / TEST_FILE).read_text(encoding="utf-8"))
+        _say_scores(say, scores, GenerationConfig.from_pretrained(output))
+        return output
     if resume:
         for unfinished in unfinished_checkpoints(output):
             say(f"{unfinished} is skipped: the run ended before it was complete")
@@ -160,6 +171,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         finally:
             if arguments.process_index == 0:
                 plot_run(trainer.state.log_history, output / PLOT_FILE)
+    if checkpoint is not None and trainer.state.global_step == step_of(checkpoint):
+        say(f"step {trainer.state.global_step} was the last one: nothing is left to train")
     if companion.hears_stop(arguments):  # too late to be heard after a step
         companion.stop(trainer.state)
 
@@ -172,14 +185,13 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         if arguments.process_index == 0:
             (output / "training_args.bin").unlink()  # experiment.yaml says the same and is no pickle
             trainer.state.save_to_json(str(output / "trainer_state.json"))
-            (output / "test_results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+            (output / TEST_FILE).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
             write_card(output, example=next(iter(pairs["train"]))["source"])
             _mark_complete(experiment, output, trainer.state)
     if is_pushed and arguments.process_index == 0:
         commit = push(output, str(trainer.hub_model_id), revision=arguments.hub_revision, message="End of training")
         say(f"pushed: {commit.repo_url} at revision {commit.oid}")
-    for name, value in scores.items():
-        say(f"test {name}: {value:.2f} ({decoding_name(model.generation_config)})")
+    _say_scores(say, scores, model.generation_config)
     say(f"\nThe model is in {output}. To use it in Python:\n")
     say(usage(output, tokenizer, next(iter(pairs["train"]))), markup=False)
     return output
@@ -447,6 +459,11 @@ def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite:
             raise ValueError(f"cannot resume {output}: it was started with another {', '.join(changed)}")
 
 
+def _is_finished(output: Path, experiment: Experiment) -> bool:
+    """Whether this very experiment has made the model in the folder; with more steps, say, it goes on."""
+    return (output / COMPLETE_FILE).is_file() and load_experiment(output / EXPERIMENT_FILE).given == experiment.given
+
+
 def _claim_output(output: Path, experiment: Experiment, overwrite: bool) -> None:
     """Make the folder this run's own; only now, so that a mistake found before leaves it as it was."""
     if overwrite and output.exists():
@@ -567,6 +584,11 @@ def _test(
     ids = np.where(predicted == -100, target_tokenizer.pad_token_id, predicted)
     texts = target_tokenizer.batch_decode(ids, skip_special_tokens=True)
     return headline(compute_scores(texts, references, arguments.metrics))
+
+
+def _say_scores(say: Callable[..., None], scores: dict[str, float], generation_config: GenerationConfig) -> None:
+    for name, value in scores.items():
+        say(f"test {name}: {value:.2f} ({decoding_name(generation_config)})")
 
 
 def _mark_complete(experiment: Experiment, folder: Path, state: TrainerState) -> None:

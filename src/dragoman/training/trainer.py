@@ -168,6 +168,8 @@ class DurableTrainer(Seq2SeqTrainer):
         self.speed.go_on()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
+            return  # a resumed run that had made its last step: a loss of 0 and a speed of 0, of no steps
         if "loss" in logs:
             logs |= self.speed.figures(lambda counts: self.accelerator.gather(counts.to(self.args.device)))
         super().log(logs, *args, **kwargs)
