@@ -162,6 +162,21 @@ def test_queue_time_outs_and_stopping():
     asyncio.run(run())
 
 
+def test_who_hurries_waits_for_no_company():
+    async def run():
+        batcher = Batcher(decode_upper, Limits(max_wait_ms=60_000.0, timeout=100.0), Metrics())
+        batcher.start()
+        first = asyncio.create_task(batcher.answer(["a"], [1], Settings()))
+        await asyncio.sleep(0.01)
+        assert len(batcher) == 1
+        batcher.hurry()
+        found = await asyncio.wait_for(asyncio.gather(first, batcher.answer(["b"], [1], Settings())), 30)
+        await batcher.stop()
+        return [answers[0][0].text for answers in found]
+
+    assert asyncio.run(run()) == ["A", "B"]
+
+
 def test_limits():
     with pytest.raises(ValueError, match=r"^max_batch_size must be greater than 0, got 0$"):
         Limits(max_batch_size=0)
@@ -464,9 +479,9 @@ def test_mistakes_before_the_start(monkeypatch, tmp_path):
 def test_sigterm_answers_what_was_taken_and_takes_nothing_more(tiny, tmp_path):
     for part in tiny:
         part.save_pretrained(tmp_path)
-    # One sentence waits so long for company that the signal surely comes before its answer.
-    command = [sys.executable, "-m", "dragoman", "serve", str(tmp_path), "--port", "0", "--max-wait-ms", "8000"]
-    with subprocess.Popen([*command, "--timeout", "100"], stdout=subprocess.PIPE, text=True) as process:
+    # One sentence would wait for company until the test has failed: the signal has to end that.
+    command = [sys.executable, "-m", "dragoman", "serve", str(tmp_path), "--port", "0", "--max-wait-ms", "1000000"]
+    with subprocess.Popen([*command, "--timeout", "1000"], stdout=subprocess.PIPE, text=True) as process:
         try:
             url = re.search(r"http://\S+", process.stdout.readline())[0]
             answers = []

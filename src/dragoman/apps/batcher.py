@@ -66,6 +66,7 @@ class Batcher:
         self._arrival = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._task: asyncio.Task[None] | None = None
+        self._hurries = False
         self._stopping = False
 
     def __len__(self) -> int:
@@ -79,10 +80,15 @@ class Batcher:
     def start(self) -> None:
         self._task = asyncio.create_task(self._run())
 
+    def hurry(self) -> None:
+        """From now on nothing waits for company: hardly any more will come."""
+        self._hurries = True
+        self._arrival.set()
+
     async def stop(self) -> None:
         """Take nothing more; return when what was taken is answered."""
         self._stopping = True
-        self._arrival.set()
+        self.hurry()
         if self._task is not None:
             await self._task
         await asyncio.to_thread(self._thread.shutdown)
@@ -131,7 +137,7 @@ class Batcher:
                 continue
             batch, full = self._next_batch()
             start = self._waiting[0].arrived + self._limits.max_wait_ms / 1000
-            if not full and now() < start and not self._stopping:
+            if not full and now() < start and not self._hurries:
                 self._arrival.clear()
                 with suppress(TimeoutError):
                     async with asyncio.timeout_at(start):

@@ -252,7 +252,7 @@ class Door:
 
 
 def create_app(model: PreTrainedModel, processing_class: ProcessingClass, name: str, limits: Limits) -> FastAPI:
-    """The application: POST /translate; GET /health, /metrics, /model, /docs, /openapi.json.
+    """The application: POST /translate; GET /health, /metrics, /model, /docs, /openapi.json. Its batcher is in `state`.
 
     Args:
         model, processing_class: as `load` gives them.
@@ -270,6 +270,7 @@ def create_app(model: PreTrainedModel, processing_class: ProcessingClass, name: 
 
     # The pages that FastAPI has for documentation load their scripts from elsewhere; /docs below needs no network.
     app = FastAPI(title="Dragoman", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.batcher = batcher
     app.add_middleware(Door, metrics=metrics, max_body_bytes=limits.max_body_bytes)
     problems: dict[int | str, dict[str, Any]] = {
         status: {"model": Problem, "description": description}
@@ -415,7 +416,18 @@ def _type_name(about: dict[str, Any]) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Says when it is ready."""
+    """Says when it is ready, and when it is to stop lets no sentence wait for others.
+
+    A subclass, because uvicorn tells the application that it stops only when all requests are answered.
+    """
+
+    def __init__(self, config: uvicorn.Config, batcher: Batcher) -> None:
+        super().__init__(config)
+        self.batcher = batcher
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.batcher.hurry()
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -451,7 +463,7 @@ def serve(
     # uvicorn raises the signal again after its graceful end, for handlers like these.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        _Server(config).run(sockets=[listener])
+        _Server(config, app.state.batcher).run(sockets=[listener])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
