@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import dragoman.cli
 from dragoman.data.reading import read_pairs
 from dragoman.evaluation.compare import compare_predictions
+from dragoman.evaluation.run import evaluate_model
 from dragoman.inference.arguments import parse_generation_options
 from dragoman.inference.loading import load
 from dragoman.inference.scoring import score
@@ -95,6 +97,11 @@ def test_train_twice_needs_a_decision(tmp_path, model):
             ["evaluate", "x", "y", "--strategi", "beam"],
             "no such option: --strategi; the nearest valid one is --strategy\n",
         ),
+        (
+            ["average", "only"],
+            "dragoman average: only is to be written, but from what? Give checkpoints, or ",
+        ),
+        (["demo", "x", "--port", "99999"], "dragoman demo: invalid value for '--port': "),
         (["evaluate", "x", "y", "--strategy", "bean"], "there is no decoding strategy 'bean': did you mean 'beam'?"),
         (["evaluate", "x", "y", "--metric", "blue"], "there is no metric 'blue': did you mean 'bleu'?"),
     ],
@@ -317,7 +324,14 @@ def test_help_is_whole_and_has_examples_that_parse(name):
 
 
 def test_no_command_is_help():
-    assert dragoman_command().stdout == dragoman_command("--help").stdout
+    assert dragoman_command().stdout == dragoman_command("--help").stdout == dragoman_command("-h").stdout
+    assert dragoman_command("generate", "-h").stdout == dragoman_command("generate", "--help").stdout
+
+
+@pytest.mark.parametrize(("command", "function"), [("evaluate", evaluate_model), ("compare", compare_predictions)])
+def test_help_knows_the_default_metrics(command, function):
+    (option,) = (parameter for parameter in COMMANDS[command].params if parameter.name == "metric")
+    assert option.show_default == ", ".join(inspect.signature(function).parameters["metrics"].default)
 
 
 def test_the_versions():

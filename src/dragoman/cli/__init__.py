@@ -19,7 +19,12 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-app = typer.Typer(cls=Commands, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
 @app.callback(
@@ -52,4 +57,4 @@ for group in (training, inference, evaluation, apps, checkpoints):
 
 def main() -> None:
     """Entry point of the `dragoman` command."""
-    app()
+    app(prog_name="dragoman")  # also where `python -m dragoman` or a launcher started it

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from dragoman.apps.limits import Limits
-from dragoman.cli.options import Device, Model, Models, Revision
+from dragoman.cli.options import Device, Host, Model, Models, Revision
 from dragoman.cli.terminal import quiet_bars
 
 
@@ -20,8 +20,8 @@ Example:
 )
 def demo(
     models: Models,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 7860,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     revision: Revision = None,
     device: Device = None,
 ) -> None:
@@ -40,8 +40,8 @@ Example:
 )
 def serve(
     model: Model,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is everybody's network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     revision: Revision = None,
     device: Device = None,
     max_batch_size: Annotated[int, typer.Option(help="Sentences decoded together.")] = Limits.max_batch_size,
@@ -56,9 +56,9 @@ def serve(
     max_texts: Annotated[int, typer.Option(help="Texts of a request.")] = Limits.max_texts,
     max_characters: Annotated[int, typer.Option(help="Characters of a text.")] = Limits.max_characters,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a text.")] = Limits.max_tokens,
-    max_body_bytes: Annotated[int, typer.Option(help="Of a request.")] = Limits.max_body_bytes,
+    max_body_bytes: Annotated[int, typer.Option(help="Bytes of a request.")] = Limits.max_body_bytes,
     max_beams: Annotated[
-        int, typer.Option(help="Also outputs per text, and candidates of contrastive search.")
+        int, typer.Option(help="Beams; also outputs per text, and candidates of contrastive search.")
     ] = Limits.max_beams,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an output.")] = Limits.max_new_tokens,
 ) -> None:

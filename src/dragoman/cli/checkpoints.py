@@ -26,7 +26,7 @@ def convert(
     output: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
     dtype: Annotated[
         str | None,
-        typer.Option(help="Store weights as float32, bfloat16, float16, float64.", show_default="as they are"),
+        typer.Option(help="Store weights as float32, bfloat16, float16 or float64.", show_default="as they are"),
     ] = None,
     revision: Revision = None,
 ) -> None:
@@ -65,6 +65,8 @@ def average(
 
     quiet_bars()
     *sources, output = folders
+    if not sources:
+        raise ValueError(f"{output} is to be written, but from what? Give checkpoints, or a run, before it")
     averaged = average_checkpoints(sources, output, last)
     print(f"{output} is the average of {', '.join(map(str, averaged))}")
 

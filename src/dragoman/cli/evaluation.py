@@ -40,10 +40,17 @@ def evaluate(
     target: TargetFile = None,
     strategy: Annotated[
         list[str] | None,
-        typer.Option(help="greedy, beam, sampling, contrastive, or changed: beam:num_beams=8; repeat to compare."),
+        typer.Option(
+            help="greedy, beam, sampling, contrastive, or changed: beam:num_beams=8; repeat to compare.",
+            show_default="as the model was saved",
+        ),
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="bleu, chrf, ter, rouge, wer, ..., or bleu:tokenize=zh; repeat for more.")
+        list[str] | None,
+        typer.Option(
+            help="bleu, chrf, ter, rouge, wer, ..., or bleu:tokenize=zh; repeat for more.",
+            show_default="bleu, chrf, diversity",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -53,7 +60,9 @@ def evaluate(
         ),
     ] = None,
     references_column: Annotated[str, typer.Option(help="Column to score against.")] = "target",
-    source_lang: Annotated[str | None, typer.Option(help="For rows without such a column.")] = None,
+    source_lang: Annotated[
+        str | None, typer.Option(help="Code of the language, for rows without such a column.")
+    ] = None,
     target_lang: TargetLang = None,
     source_prefix: SourcePrefix = None,
     batch_size: BatchSize = 32,
@@ -108,7 +117,8 @@ def compare(
         Path | None, typer.Option(help="Text file, one reference a line; for predictions that are plain text.")
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="bleu, chrf, ter, or bleu:tokenize=zh; repeat for more.")
+        list[str] | None,
+        typer.Option(help="bleu, chrf, ter, or bleu:tokenize=zh; repeat for more.", show_default="bleu, chrf"),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Test sets drawn from the given one.")] = 1000,
 ) -> None:

@@ -14,6 +14,7 @@ Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.", show_default="its main branch")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sentences decoded together.")]
 Pairs = Annotated[str, typer.Argument(help="Pairs: .jsonl, .tsv, embedded:NAME/SPLIT, or a text file of sources.")]
 TargetFile = Annotated[Path | None, typer.Option(help="With a text file of sources: that of the targets.")]

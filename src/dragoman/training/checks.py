@@ -81,7 +81,7 @@ def check_libraries(arguments: Any) -> None:
             INTEGRATION_TO_CALLBACK[name]()
         except (ImportError, RuntimeError) as error:
             raise ValueError(f"report_to has {name!r}: {one_line(error)}") from error
-    weight = torch.nn.Linear(1, 1, bias=False)
+    weight: Any = torch.nn.Linear(1, 1, bias=False)
     if arguments.optim_target_modules is None:  # else it looks for layers of these names
         try:
             Seq2SeqTrainer.get_optimizer_cls_and_kwargs(arguments, weight)

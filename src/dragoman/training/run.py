@@ -104,8 +104,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         check_token()
     if resume and not arguments.push_to_hub and _is_finished(output, experiment):
         say(f"{output} is finished already, after step {step_of(output)}: nothing is left to do")
-        scores = json.loads((output / TEST_FILE).read_text(encoding="utf-8"))
-        _say_scores(say, scores, GenerationConfig.from_pretrained(output))
+        recorded = json.loads((output / TEST_FILE).read_text(encoding="utf-8"))
+        _say_scores(say, recorded, GenerationConfig.from_pretrained(output))
         return output
     if resume:
         for unfinished in unfinished_checkpoints(output):
