@@ -15,6 +15,7 @@ import typer.main
 from typer.testing import CliRunner
 
 import dragoman.cli
+import dragoman_command as dragoman_command_module
 from dragoman.data.reading import read_pairs
 from dragoman.evaluation.compare import compare_predictions
 from dragoman.evaluation.run import evaluate_model
@@ -383,6 +384,26 @@ def test_ctrl_c_ends_with_130_and_one_sentence(tmp_path, monkeypatch):
     result = dragoman_command("train", write_experiment(tmp_path))
     assert result.exit_code == 130
     assert result.stderr.count("dragoman train: ") == 1
+
+
+def test_the_command_without_the_package(tmp_path):
+    """What it does before the package is imported, which a stand-in shows to be so."""
+    (tmp_path / "dragoman").mkdir()
+    (tmp_path / "dragoman" / "__init__.py").write_text("raise KeyboardInterrupt")
+    script = "from dragoman_command import main; main()"
+
+    def run(*arguments):
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(dragoman_command_module.__file__).parent}"}
+        return subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60, env=environment
+        )
+
+    interrupted = run("train", "x.yaml")
+    assert (interrupted.returncode, interrupted.stdout) == (130, "")
+    assert interrupted.stderr == "dragoman: interrupted\n"
+    asked = run("--version")
+    assert (asked.returncode, asked.stderr) == (0, "")
+    assert asked.stdout == dragoman_command("--version").stdout
 
 
 @pytest.mark.slow

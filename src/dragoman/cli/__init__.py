@@ -3,19 +3,18 @@
 A mistake of the user's is one sentence on standard error and exit status 2; Ctrl-C ends with 130.
 """
 
-from importlib.metadata import version as version_of
 from typing import Annotated
 
 import typer
 
 from dragoman.cli import apps, checkpoints, evaluation, inference, training
 from dragoman.cli.terminal import Commands
+from dragoman_command import print_versions
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        for package in ("dragoman", "transformers", "torch"):
-            print(package, version_of(package))
+        print_versions()
         raise typer.Exit()
 
 
@@ -56,5 +55,5 @@ for group in (training, inference, evaluation, apps, checkpoints):
 
 
 def main() -> None:
-    """Entry point of the `dragoman` command."""
+    """The `dragoman` command; its entry point is dragoman_command.py."""
     app(prog_name="dragoman")  # also where `python -m dragoman` or a launcher started it
