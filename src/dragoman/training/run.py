@@ -100,6 +100,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     with _one_sentence_for_disk_errors(output):
         _check_output(output, experiment, resume, overwrite)
         checkpoint = last_complete_checkpoint(output) if resume else None
+        first_step = step_of(checkpoint) if checkpoint else 0
     if arguments.push_to_hub:
         check_token()
     if resume and not arguments.push_to_hub and _is_finished(output, experiment):
@@ -171,8 +172,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         finally:
             if arguments.process_index == 0:
                 plot_run(trainer.state.log_history, output / PLOT_FILE)
-    if checkpoint is not None and trainer.state.global_step == step_of(checkpoint):
-        say(f"step {trainer.state.global_step} was the last one: nothing is left to train")
+    if trainer.state.global_step == first_step:
+        say(f"step {first_step} was the last one: nothing is left to train")
     if companion.hears_stop(arguments):  # too late to be heard after a step
         companion.stop(trainer.state)
 
