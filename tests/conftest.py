@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 
 import dragoman
+from training.experiments import shorten_trainings
 
 
 settings.register_profile("fast", max_examples=60, derandomize=True, deadline=None, database=None)
@@ -16,6 +17,10 @@ settings.register_profile("thorough", max_examples=2000, deadline=None)
 
 def pytest_configure(config):
     settings.load_profile(config.getoption("--hypothesis-profile") or "fast")
+
+
+def pytest_collection_finish(session):
+    shorten_trainings()
 
 
 # The beginning of a script: the package is installed beside the tests, so it is hidden there.

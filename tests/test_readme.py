@@ -1,5 +1,6 @@
 """The README is true: its commands and its Python run, with fewer steps; its paths, presets and options exist."""
 
+import gzip
 import re
 import shlex
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from commands import run_line, run_script
+from dragoman.data import reading
 from dragoman.training.arguments import preset, preset_names
 from hub.server import serve, used_here
 
@@ -32,15 +34,22 @@ DRAGOMAN = [command for command in COMMANDS if command.startswith("dragoman ")]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder as the README's reader has it after the quickstart, but with a model of a few steps."""
+    """A folder as the README's reader has it after the quickstart, but with few pairs and a model of a few steps."""
     folder = tmp_path_factory.mktemp("home")
-    for name in ("configs", "src"):
-        (folder / name).symlink_to(ROOT / name)
+    (folder / "configs").symlink_to(ROOT / "configs")
+    embedded = Path("src/dragoman/data/embedded")
+    (folder / embedded / "tiny_en_it").mkdir(parents=True)
+    for split, pairs in (("train", 900), ("validation", 30), ("test", 30)):
+        path = embedded / "tiny_en_it" / f"{split}.jsonl.gz"
+        lines = gzip.decompress((ROOT / path).read_bytes()).splitlines(keepends=True)
+        (folder / path).write_bytes(gzip.compress(b"".join(lines[:pairs])))
     (folder / "mine.tsv").write_text("".join(f"file {number}\tdocumento {number}\n" for number in range(50)))
     (folder / "lines.txt").write_text("Delete the selected files\n\nOpen the settings page\n")
     every_step = "eval_strategy=steps save_strategy=steps eval_steps=1 save_steps=1".replace(" ", " training.")
-    run(folder, f"dragoman train configs/quickstart.yaml training.output_dir=runs/quickstart training.{every_step}")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "EMBEDDED_DIR", folder / embedded)
+        run(folder, f"dragoman train configs/quickstart.yaml training.output_dir=runs/quickstart training.{every_step}")
+        yield folder
 
 
 def run(folder: Path, command: str) -> str:
@@ -79,8 +88,9 @@ def test_commands_run(home, command, tmp_path):
         with serve() as hub, used_here(hub, tmp_path):
             assert run(home, command).startswith("runs/quickstart is now http://")
         return
-    if command.startswith("dragoman generate runs/mine"):
-        run(home, next(before for before in DRAGOMAN if "output_dir=runs/mine" in before) + " --overwrite")
+    if command.startswith("dragoman generate") and not (home / command.split()[2]).is_dir():
+        name = Path(command.split()[2]).name
+        run(home, next(one for one in DRAGOMAN if one.startswith("dragoman train") and name in one))
     if command.startswith("dragoman compare") and not (home / command.split()[-1]).is_file():
         run(home, "dragoman evaluate runs/quickstart embedded:tiny_en_it/test --strategy greedy --strategy beam")
     if command.startswith("dragoman demo"):

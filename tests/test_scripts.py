@@ -17,7 +17,6 @@ import torch
 from commands import load_script, run_script
 from dragoman import DragomanConfig, DragomanForConditionalGeneration
 from dragoman.data.tokenizers import train_tokenizer
-from training.experiments import write_experiment
 
 
 ROOT = Path(__file__).parents[1]
@@ -131,59 +130,6 @@ def test_the_quickstart_sentences_are_new():
     assert len(sentences) == 5
     known = {source.lower() for name in embedded_names() for source in read_pairs(name)["source"]}
     assert [sentence for sentence in sentences if sentence.lower() in known] == []
-
-
-@pytest.mark.slow
-def test_train_script_in_two_processes(tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    launch += ["--config_file", ROOT / "configs" / "accelerate" / "ddp_cpu.yaml"]
-    path = write_experiment(tmp_path, training={"max_steps": 2})
-    result = run(*launch, ROOT / "scripts" / "train.py", path, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("vocabulary: 11 joint") == 1  # one process speaks
-    assert (tmp_path / "run" / "complete.json").is_file()
-
-
-# Stands in for a Unigram, of which two processes may train different ones; says what each process goes on with.
-RANK_DEPENDENT_TOKENIZERS = """
-import hashlib, os, sys
-from dragoman.training import run
-from dragoman.training.arguments import load_experiment
-
-def build_tokenizer(pairs, **settings):
-    return original_tokenizer(pairs, **{**settings, "extra_special_tokens": [f">>{os.environ['RANK']}<<"]})
-
-def build_model(experiment, tokenizer, *more):
-    vocabulary = str(sorted(tokenizer.get_vocab().items()))
-    line = f"vocabulary {hashlib.md5(vocabulary.encode()).hexdigest()}\\n"
-    print(line, end="", flush=True)  # in one piece: two processes write to one pipe
-    return original_model(experiment, tokenizer, *more)
-
-original_tokenizer, run.build_tokenizer = run.build_tokenizer, build_tokenizer
-original_model, run.build_model = run.build_model, build_model
-try:
-    run.train(load_experiment(sys.argv[1], ["tokenizer.kind=bpe", "tokenizer.vocab_size=7"]))
-except ValueError as error:
-    print(f"refused: {error}\\n", end="", flush=True)
-run.train(load_experiment(sys.argv[1]))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_have_one_tokenizer(tmp_path):
-    """And where the one that trains it finds a mistake, both end."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = tmp_path / "script.py"
-    script.write_text(RANK_DEPENDENT_TOKENIZERS)
-    path = write_experiment(tmp_path, training={"max_steps": 1}, tokenizer={"kind": "unigram", "vocab_size": 40})
-    result = run(*launch, script, path, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    mistake = "refused: tokenizer: vocab_size is 7, but a bpe tokenizer needs at least 261"
-    assert result.stdout.count(mistake) == 2
-    sums = re.findall("vocabulary ([0-9a-f]{32})", result.stdout)
-    assert len(sums) == 2
-    assert len(set(sums)) == 1
-    assert ">>0<<" in (tmp_path / "run" / "tokenizer.json").read_text()
 
 
 @pytest.mark.parametrize("given", [[], ["training.output_dir=runs/my model", "model.d_model=64"], ["--resume"]])

@@ -461,7 +461,8 @@ def test_converted_checkpoints_load_without_the_package(tmp_path):
     (tmp_path / "reader.py").write_text(READER)
     process = subprocess.run(
         [sys.executable, tmp_path / "reader.py", *folders],
-        env={"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+        env={"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+        | {"OMP_NUM_THREADS": "1"},
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]

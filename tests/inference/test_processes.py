@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from accelerate import PartialState
@@ -13,6 +14,7 @@ from dragoman.inference.translate import translate
 from inference.tiny import SOURCES, learned_by_heart
 
 
+LAUNCH_FILE = Path(__file__).parents[2] / "configs" / "accelerate" / "ddp_cpu.yaml"
 # Every process writes what it got and how many batches it decoded itself. Inputs of the second one must not be read.
 WORKER = """
 import json, os, sys
@@ -61,8 +63,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "cases.json").write_text(json.dumps(CASES))
     process = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-         "--main_process_port", "0", "worker.py", "model", "cases.json"],
+        [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file", LAUNCH_FILE,
+         "worker.py", "model", "cases.json"],
         cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]

@@ -135,7 +135,7 @@ def test_checkpoints_load_without_the_package(tmp_path):
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     process = subprocess.run(
         [sys.executable, str(tmp_path / "reader.py"), str(tmp_path / "work.json")],
-        env=environment, cwd=tmp_path, capture_output=True, text=True,
+        env={**environment, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     for path, batch, strategies in work:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,10 +31,11 @@ from transformers.distributed import DistributedConfig
 
 from dragoman import preset
 from dragoman.data.tokenizers import load_tokenizer, train_tokenizer
+from dragoman.training import run
 from dragoman.training.arguments import Experiment, load_experiment
 from dragoman.training.run import train
 from dragoman.training.trainer import DurableTrainer
-from training.experiments import WORDS, write_experiment
+from training.experiments import WORDS, shorten_trainings, write_experiment
 
 
 PAIRS, STEPS, RATE, MOMENTUM = 4, 10, 0.1, 0.7  # pairs of an update, of all processes
@@ -176,6 +178,8 @@ def prepare(folder: Path) -> None:
     sections = yaml.safe_load((folder / "fsdp" / "tiny.yaml").read_text())
     sections["model"] = {"preset": "lstm_bahdanau", "embedding_dim": 12, "hidden_size": 12}
     (folder / "fsdp" / "recurrent.yaml").write_text(yaml.safe_dump(sections))
+    (folder / "unigram").mkdir()
+    write_experiment(folder / "unigram", training={"max_steps": 1}, tokenizer={"kind": "unigram", "vocab_size": 40})
 
 
 def stopped_and_resumed(folder: Path, rank: int, is_wrapped: Callable[[Any], bool]) -> None:
@@ -231,9 +235,34 @@ def is_sharded(model) -> bool:
     return parts and weights and model.lm_head.weight is model.model.encoder.embed_tokens.weight
 
 
+def with_tokenizers_of_their_own(folder: Path, rank: int) -> None:
+    """Stands in for a Unigram, of which two processes may train different ones; writes what each goes on with."""
+    original_tokenizer, original_model, found = run.build_tokenizer, run.build_model, {}
+
+    def build_tokenizer(pairs, **settings):
+        return original_tokenizer(pairs, **{**settings, "extra_special_tokens": [f">>{rank}<<"]})
+
+    def build_model(experiment, tokenizer, *more):
+        found["vocabulary"] = tokenizer.get_vocab()
+        return original_model(experiment, tokenizer, *more)
+
+    path = folder / "unigram" / "tiny.yaml"
+    with mock.patch.multiple(run, build_tokenizer=build_tokenizer, build_model=build_model):
+        try:
+            train(load_experiment(path, ["tokenizer.kind=bpe", "tokenizer.vocab_size=7"]))
+        except ValueError as error:
+            found["refused"] = str(error)
+        train(load_experiment(path))
+    (folder / f"tokenizer-{rank}.json").write_text(json.dumps(found))
+
+
 def main(folder: Path) -> None:
+    shorten_trainings()
     with_the_trainer(folder, 2)
     stopped_and_resumed(folder / "ddp", dist.get_rank(), lambda model: isinstance(model, DistributedDataParallel))
+    for name in ("budget", "stream"):
+        train(load_experiment(folder / f"{name}.yaml"))
+    with_tokenizers_of_their_own(folder, dist.get_rank())
     with fsdp_of_accelerate():
         stopped_and_resumed(folder / "fsdp", dist.get_rank(), is_sharded)
         for name, changes in {"tiny": ["training.ema_decay=0.9"], "recurrent": []}.items():

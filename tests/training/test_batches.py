@@ -1,11 +1,7 @@
 """Batches of a token budget, of packed rows and of streams: exact, shuffled by seed and epoch, equal after resuming."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +16,6 @@ from dragoman.training.batches import StreamedBatches, TokenBudgetSampler, side_
 from dragoman.training.run import train
 from training.experiments import write_experiment, write_pairs
 from training.test_run import assert_equal_weights, interrupt_in_step
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -231,38 +224,3 @@ def test_a_stream_goes_on_where_it_stopped(tmp_path, settings):
     resumed = train(streaming(tmp_path / "part", **settings), resume=True)
     assert log_of(resumed)["global_step"] == 7
     assert_equal_weights(resumed, whole)
-
-
-# What each of two processes trains in both ways; one start of the processes, which takes the longest.
-BOTH = """
-import sys
-from dragoman.training.arguments import load_experiment
-from dragoman.training.run import train
-for path in sys.argv[1:]:
-    train(load_experiment(path))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_same_steps_as_one(tmp_path):
-    """Each of two processes takes half of the batches; that is one process that accumulates two."""
-    settings = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
-    settings |= {**WITHOUT_EVALUATION, "save_strategy": "no", "max_tokens_per_batch": 36}  # an even number of batches
-    changes = {"model": {"dropout": 0.0}, "data": TRAIN_ONLY}
-    experiment(tmp_path / "two", training=settings, **changes).save(tmp_path / "two.yaml")
-    streaming(tmp_path / "stream", **settings, max_steps=5).save(tmp_path / "stream.yaml")
-    (tmp_path / "both.py").write_text(BOTH)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, *(str(tmp_path / name) for name in ("both.py", "two.yaml", "stream.yaml"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr
-
-    accumulation = {**settings, "gradient_accumulation_steps": 2}
-    one = train(experiment(tmp_path / "one", training=accumulation, **changes))
-    two = tmp_path / "two" / "run"
-    assert log_of(two)["global_step"] == log_of(one)["global_step"] > 3
-    expected = load_file(one / "model.safetensors")
-    for name, weight in load_file(two / "model.safetensors").items():
-        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
-    assert log_of(tmp_path / "stream" / "run")["global_step"] == 5

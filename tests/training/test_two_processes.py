@@ -17,10 +17,16 @@ from transformers.distributed import DistributedConfig
 
 from dragoman import preset
 from dragoman.training.checkpoints import complete_checkpoints, unfinished_checkpoints
+from dragoman.training.run import train
 from training import ranks
+from training.test_batches import TRAIN_ONLY, WITHOUT_EVALUATION, experiment, log_of, streaming
 
 
 ROOT = Path(__file__).parents[2]
+# An even number of batches of a token budget, and the same of a stream.
+BUDGET = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
+BUDGET |= {**WITHOUT_EVALUATION, "save_strategy": "no", "max_tokens_per_batch": 36}
+CHANGES = {"model": {"dropout": 0.0}, "data": TRAIN_ONLY}
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +34,8 @@ def folder(tmp_path_factory):
     """Where two processes have done what ranks.py says, all in one start."""
     folder = tmp_path_factory.mktemp("two")
     ranks.prepare(folder)
+    experiment(folder / "budget", training=BUDGET, **CHANGES).save(folder / "budget.yaml")
+    streaming(folder / "stream", **BUDGET, max_steps=5).save(folder / "stream.yaml")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launch += ["--config_file", str(ROOT / "configs" / "accelerate" / "tensor_parallel.yaml")]
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), *sys.path])
@@ -146,6 +154,28 @@ def test_one_process_told_to_stop_stops_both(folder, way):
     assert any((whole / "checkpoint-5").glob("pytorch_model_fsdp_0/__1_*.distcp")) == (way == "fsdp")
     config = json.loads((stopped / "config.json").read_text())
     assert config["auto_map"]["AutoModelForSeq2SeqLM"] == "modeling_dragoman.DragomanForConditionalGeneration"
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_steps_as_one(folder, tmp_path):
+    """Each of two processes takes half of the batches; that is one process that accumulates two."""
+    one = train(experiment(tmp_path / "one", training={**BUDGET, "gradient_accumulation_steps": 2}, **CHANGES))
+    two = folder / "budget" / "run"
+    assert log_of(two)["global_step"] == log_of(one)["global_step"] > 3
+    expected = load_file(one / "model.safetensors")
+    for name, weight in load_file(two / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
+    assert log_of(folder / "stream" / "run")["global_step"] == 5
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_tokenizer(folder):
+    """And where the one that trains it finds a mistake, both end."""
+    first, second = (json.loads((folder / f"tokenizer-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["refused"].startswith("tokenizer: vocab_size is 7, but a bpe tokenizer needs at least 261: 5 special")
+    assert ">>0<<" in first["vocabulary"]
+    assert ">>0<<" in (folder / "unigram" / "run" / "tokenizer.json").read_text()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dragoman.cli
+from dragoman.training import run
 from dragoman.training.arguments import load_experiment
 from dragoman.training.checkpoints import complete_checkpoints
 from dragoman.training.run import train
@@ -25,6 +26,7 @@ def finished(tmp_path_factory):
     path.write_text(path.read_text().replace("  per_device_train_batch_size: 4\n", ""))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "board"))
+        patch.setattr(run, "plot_run", plot_run)
         result = CliRunner().invoke(dragoman.cli.app, ["train", str(path)])
     assert result.exit_code == 0, result.output
     return folder / "run", result.stdout
@@ -105,6 +107,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, monkeypatch):
         return loss * math.nan if self.model.training and self.state.global_step == 4 else loss
 
     monkeypatch.setattr(DurableTrainer, "compute_loss", poisoned)
+    monkeypatch.setattr(run, "plot_run", plot_run)
     result = CliRunner().invoke(dragoman.cli.app, ["train", str(write_experiment(tmp_path))])
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
