@@ -184,6 +184,7 @@ print([preset(name, vocab_size=9).vocab_size for name in preset_names()])
     assert lines[1:3] == ["[7217, 356, 439]", "True"]
     assert set(eval(lines[3])) == {9}
     assert (elsewhere / "dragoman" / "configs" / "quickstart.yaml").is_file()
+    assert (elsewhere / "dragoman_command.py").is_file()  # of the entry point
 
 
 def test_lead_words(tmp_path):
