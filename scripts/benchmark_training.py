@@ -26,7 +26,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -365,117 +367,161 @@ def memory_rows() -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is searched: `init_std` None is the side's default; the other is fan-in ** -0.5 for all."""
+    """What is searched; `init_std` None is the side's default."""
 
     learning_rate: float
     warmup_steps: int
-    init_std: float | None
+    init_std: float | None = None
 
 
-class Quality(TrainerCallback):
-    """Validation chrF, greedy, every so often; its time does not count. Ends the run after so many seconds."""
+@dataclass(frozen=True)
+class Run:
+    """One training of one side, for at most so many seconds of processor time, scored every `every` of them."""
 
-    def __init__(self, model: Any, data: Data, pairs: list[dict[str, str]], seconds: float, checks: int) -> None:
-        self.model, self.data, self.pairs = model, data, pairs
-        self.seconds, self.every = seconds, seconds / checks
-        self.curve: list[tuple[float, float]] = []
-        self.spent = 0.0
-        self.since = time.process_time()
+    side: str
+    recipe: Recipe
+    seed: int
+    seconds: float
+    every: float
+    until: float = math.inf  # ends at this chrF
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.spent += time.process_time() - self.since
-        if self.spent >= self.every * (len(self.curve) + 1):
-            self.curve.append((self.spent, self.score()))
-        control.should_training_stop = self.spent >= self.seconds
-        self.since = time.process_time()
+
+class Validation:
+    """Scores a model in training on pairs that it does not train on."""
+
+    def __init__(self, pairs: list[dict[str, str]], tokenizer: Any) -> None:
+        self.pairs, self.tokenizer = pairs, tokenizer
 
     @torch.no_grad()
-    def score(self) -> float:
-        self.model.eval()
-        tokenizer, texts = self.data.tokenizer, []
+    def loss(self, model: Any) -> float:
+        """Cross-entropy of a target token."""
+        collator = DataCollatorForSeq2Seq(self.tokenizer, model=model)
+        summed = tokens = 0.0
+        for begin in range(0, len(self.pairs), 50):
+            texts = self.pairs[begin : begin + 50]
+            encoded = self.tokenizer(
+                [pair["source"] for pair in texts], text_target=[pair["target"] for pair in texts],
+                truncation=True, max_length=128,
+            )  # fmt: skip
+            batch = collator([dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)])
+            count = int((batch["labels"] != -100).sum())
+            summed, tokens = summed + count * float(model(**batch).loss), tokens + count
+        return summed / tokens
+
+    @torch.no_grad()
+    def chrf(self, model: Any) -> float:
+        """Of greedy translations of at most 80 tokens."""
+        texts = []
         for begin in range(0, len(self.pairs), 50):
             sources = [pair["source"] for pair in self.pairs[begin : begin + 50]]
-            batch = tokenizer(sources, padding=True, truncation=True, max_length=128, return_tensors="pt")
-            ids = self.model.generate(
+            batch = self.tokenizer(sources, padding=True, truncation=True, max_length=128, return_tensors="pt")
+            ids = model.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=80, num_beams=1,
                 do_sample=False,
             )  # fmt: skip
-            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
-        self.model.train()
+            texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return compute_scores(texts, [pair["target"] for pair in self.pairs], ["chrf"])["chrf"]["chrf"]
 
 
-def learn(
-    side: str,
-    recipe: Recipe,
-    sizes: Sizes,
-    data: Data,
-    pairs: list[dict[str, str]],
-    seconds: float,
-    seed: int,
-    checks: int,
-) -> list[tuple[float, float]]:
-    """The curve of (seconds of training, chrF). The rate falls as 1 / sqrt(step), so that no length has to be known."""
-    model = model_of(side, sizes, seed, recipe.init_std)
-    quality = Quality(model, data, pairs, seconds, checks)
+class Learning(TrainerCallback):
+    """Keeps the curve of (seconds, chrF) and ends the run; the time of scoring does not count."""
+
+    def __init__(self, run: Run, validation: Validation) -> None:
+        self.run, self.validation = run, validation
+        self.curve: list[tuple[float, float]] = []
+        self.spent, self.since = 0.0, time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.spent += time.process_time() - self.since
+        if self.spent >= self.run.every * (len(self.curve) + 1):
+            model = kwargs["model"].eval()
+            self.curve.append((self.spent, self.validation.chrf(model)))
+            model.train()
+        reached = bool(self.curve) and self.curve[-1][1] >= self.run.until
+        control.should_training_stop = reached or self.spent >= self.run.seconds
+        self.since = time.process_time()
+
+
+def learn(run: Run, sizes: Sizes, data: Data, validation: Validation) -> tuple[list[tuple[float, float]], float]:
+    """The curve of (seconds, chrF) and the validation loss at the end.
+
+    The rate falls as 1 / sqrt(step), so that no length has to be known.
+    """
+    transformers.logging.set_verbosity_error()  # a process of its own
+    model = model_of(run.side, sizes, run.seed, run.recipe.init_std)
+    learning = Learning(run, validation)
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(
-            side, model, data, Path(folder), "group_by_length", max_steps=1_000_000, seed=seed,
-            learning_rate=recipe.learning_rate, warmup_steps=recipe.warmup_steps, lr_scheduler_type="inverse_sqrt",
+            run.side, model, data, Path(folder), "group_by_length", max_steps=1_000_000, seed=run.seed,
+            learning_rate=run.recipe.learning_rate, warmup_steps=run.recipe.warmup_steps,
+            lr_scheduler_type="inverse_sqrt",
         )  # fmt: skip
-        trainer.add_callback(quality)
+        trainer.add_callback(learning)
         trainer.remove_callback(PrinterCallback)
-        quality.since = time.process_time()
+        learning.since = time.process_time()
         trainer.train()
-    return quality.curve
+    return learning.curve, validation.loss(model.eval())
 
 
 def quality_rows(
-    sizes: Sizes, data: Data, validation: Path, minutes: float, search_minutes: float, seeds: int, sentences: int
+    sizes: Sizes, data: Data, validation: Validation, minutes: float, search_minutes: float, seeds: int, jobs: int
 ) -> Iterator[str]:
-    pairs = [dict(pair) for pair in read_pairs(str(validation)).select(range(sentences))]
-    grid = [
-        Recipe(rate, warm_up, init)
-        for rate, warm_up, init in itertools.product((5e-4, 1e-3, 2e-3), (100, 400), (None, sizes.d_model**-0.5))
-    ]
+    sides = ("ours", *PEERS)
+    with ProcessPoolExecutor(
+        jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+    ) as pool:
+
+        def trained(runs: list[Run]) -> Iterator[tuple[Run, list[tuple[float, float]], float]]:
+            outcomes = pool.map(learn, runs, *map(itertools.repeat, (sizes, data, validation)))
+            return ((run, *outcome) for run, outcome in zip(runs, outcomes, strict=True))
+
+        losses: dict[str, dict[Recipe, float]] = {side: {} for side in sides}
+
+        def best(side: str) -> Recipe:
+            return min(losses[side], key=losses[side].__getitem__)
+
+        def search(tried: list[tuple[str, Recipe]]) -> Iterator[str]:
+            for run, _, loss in trained([Run(*pair, 0, 60 * search_minutes, math.inf) for pair in tried]):
+                losses[run.side][run.recipe] = loss
+                init = "default" if run.recipe.init_std is None else f"{run.recipe.init_std:.3f}"
+                yield f"| {run.side} | {run.recipe.learning_rate:g} | {run.recipe.warmup_steps} | {init} | {loss:.3f} |"
+
+        yield (
+            f"\n## Time to quality\n\nMinutes are those of the processor, without scoring; {len(validation.pairs)} "
+            f"validation sentences. Search: {search_minutes:g} minutes for each recipe, one seed; the initial weights "
+            "of Marian and BART, which do not scale with the width by themselves, at the best rate and warm-up.\n\n"
+            "| side | learning rate | warm-up | initial std | validation loss |\n|---|--:|--:|---|--:|"
+        )
+        rates_and_warm_ups = list(itertools.product((1e-3, 2e-3, 4e-3), (100, 400)))
+        yield from search([(side, Recipe(*values)) for side in sides for values in rates_and_warm_ups])
+        yield from search([(side, replace(best(side), init_std=sizes.d_model**-0.5)) for side in ("marian", "bart")])
+
+        quarter, whole = 15 * minutes, 60 * minutes
+        curves = {run.side: [curve] for run, curve, _ in trained([Run(p, best(p), 1, whole, quarter) for p in PEERS])}
+        peer = max(PEERS, key=lambda side: curves[side][0][-1][1])
+        more = [Run(peer, best(peer), seed, whole, quarter) for seed in range(2, seeds + 1)]
+        curves[peer] += [curve for _, curve, _ in trained(more)]
+        goal = statistics.median(curve[-1][1] for curve in curves[peer])
+        yield (
+            f"\nThe best recipe of each, and chrF after so many minutes; further seeds for the best peer, {peer}, "
+            f"whose median at the end is {goal:.2f}:\n\n| side | seed | "
+            + " | ".join(f"{minutes * part / 4:g}" for part in range(1, 5))
+            + " |\n|---|--:|--:|--:|--:|--:|"
+        )
+        for side, of_seeds in curves.items():
+            for seed, curve in enumerate(of_seeds, start=1):
+                yield f"| {side} | {seed} | " + " | ".join(f"{score:.2f}" for _, score in curve) + " |"
+        times = []
+        yield f"\n| ours, seed | minutes to {goal:.2f} | chrF then |\n|--:|--:|--:|"
+        ours = [Run("ours", best("ours"), seed, whole, whole / 80, until=goal) for seed in range(1, seeds + 1)]
+        for run, curve, _ in trained(ours):
+            seconds, score = curve[-1]
+            times.append(seconds / 60 if score >= goal else math.inf)
+            yield f"| {run.seed} | {seconds / 60:.1f}{'' if score >= goal else ', not reached'} | {score:.2f} |"
     yield (
-        f"\n## Time to quality\n\nchrF of {sentences} validation sentences, greedy; minutes are those of the "
-        f"processor, without scoring. "
-        f"Search: {search_minutes:g} minutes for each recipe, one seed.\n\n"
-        "| side | learning rate | warm-up | initial std | chrF |\n|---|--:|--:|---|--:|"
+        f"\nOurs has what the best peer has after {minutes:g} minutes, median of {seeds} seeds, in "
+        f"**{statistics.median(times) / minutes:.2f}** of its time."
     )
-    chosen: dict[str, Recipe] = {}
-    for side in ("ours", *PEERS):
-        scores: dict[Recipe, float] = {}
-        for recipe in grid:
-            if recipe.init_std is not None and side in ("ours", "t5"):
-                continue  # theirs scale with the width already
-            scores[recipe] = learn(side, recipe, sizes, data, pairs, 60 * search_minutes, 0, 1)[-1][1]
-            init = "default" if recipe.init_std is None else f"{recipe.init_std:.3f}"
-            yield f"| {side} | {recipe.learning_rate:g} | {recipe.warmup_steps} | {init} | {scores[recipe]:.2f} |"
-        chosen[side] = max(scores, key=scores.__getitem__)
-    checks = max(math.ceil(minutes), 8)
-    curves = {
-        side: [
-            learn(side, chosen[side], sizes, data, pairs, 60 * minutes, seed, checks) for seed in range(1, seeds + 1)
-        ]
-        for side in chosen
-    }
-    ends = {side: statistics.median(curve[-1][1] for curve in curves[side]) for side in curves}
-    best = max(PEERS, key=lambda peer: ends[peer])
-    yield (
-        f"\nThe best recipe of each, {minutes:g} minutes, {seeds} seeds:\n\n"
-        f"| side | chrF at the end, median | minutes to {ends[best]:.2f} (median) |\n|---|--:|--:|"
-    )
-    times: dict[str, float] = {}
-    for side, of_seeds in curves.items():
-        reached = [
-            next((seconds for seconds, score in curve if score >= ends[best]), math.inf) / 60 for curve in of_seeds
-        ]
-        times[side] = statistics.median(reached)
-        yield f"| {side} | {ends[side]:.2f} | {'not reached' if times[side] == math.inf else f'{times[side]:.1f}'} |"
-    ratio = "not reached" if times["ours"] == math.inf else f"**{times['ours'] / minutes:.2f}** of its time"
-    yield f"\nTo what the best peer ({best}) has after {minutes:g} minutes, ours takes {ratio}."
 
 
 def main(
@@ -491,9 +537,10 @@ def main(
     steps: Annotated[int, typer.Option(help="Timed updates of a turn, for speed.")] = 8,
     turns: int = 5,
     minutes: Annotated[float, typer.Option(help="Of each training, for quality.")] = 20,
-    search_minutes: Annotated[float, typer.Option(help="Of each recipe of its search.")] = 2,
+    search_minutes: Annotated[float, typer.Option(help="Of each recipe of its search.")] = 1.5,
     seeds: Annotated[int, typer.Option(help="For quality.")] = 3,
-    sentences: Annotated[int, typer.Option(help="Validation sentences, for quality.")] = 200,
+    sentences: Annotated[int, typer.Option(help="Validation sentences, for quality.")] = 500,
+    jobs: Annotated[int, typer.Option(help="Trainings at once, for quality: processes of `threads` each.")] = 1,
     threads: int = 1,
     output: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -525,7 +572,9 @@ def main(
     if "memory" in chosen:
         made.append(memory_rows())
     if "quality" in chosen:
-        made.append(quality_rows(sizes, read, validation, minutes, search_minutes, seeds, sentences))
+        pairs_of_validation = [dict(pair) for pair in read_pairs(str(validation)).select(range(sentences))]
+        scored = Validation(pairs_of_validation, read.tokenizer)
+        made.append(quality_rows(sizes, read, scored, minutes, search_minutes, seeds, jobs))
     for line in itertools.chain(*made):
         lines.append(line)
         print(line, flush=True)
