@@ -210,6 +210,19 @@ def test_benchmark_of_generation(tmp_path):
     assert host == pytest.approx(5 * ours, rel=0.1)
 
 
+def test_benchmark_of_compiled_decoding(tmp_path):
+    """The same tokens from steps that are compiled once for the lengths of a bucket."""
+    torch.compiler.reset()
+    script = load_script("benchmark_compile")
+    _, ours = script.both_sides(tmp_path, "bart", d_model=16, layers=1, vocab_size=90)
+    model = script.read_model(ours)
+    for length, expected in ((7, 1), (5, 0)):
+        work = script.Work(rows=2, source_length=length, new_tokens=3)
+        _, same, graphs = script.measure(model, work, script.batch_of(work, 90), repeats=1, backend="eager")
+        assert same
+        assert graphs == expected
+
+
 PAIRS = [
     {"source": "a small cat sleeps here", "target": "un gatto"},
     {"source": "the cat", "target": "il gatto"},
