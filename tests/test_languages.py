@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LogitsProcessorLi
 from typer.testing import CliRunner
 
 import dragoman.cli
+from conversion.stock import TOKENIZERS
 from dragoman.data.collators import encode_pairs
 from dragoman.data.languages import encode_texts, languages
 from dragoman.data.reading import read_pairs
@@ -199,6 +202,24 @@ def test_encoding_is_that_of_a_stock_call(kind, tmp_path):
     (ids,) = encode_texts(tokenizer, "source", sentences[1:])
     assert not set(ids[1:-1]) & {0, 1, 2, *tokenizer.convert_tokens_to_ids(["<en>", "<it>", "<de>"])}, "text is text"
     assert tokenizer.decode(ids[:3], skip_special_tokens=True).strip() in "two"
+
+
+def test_threads_do_not_change_each_others_language(tmp_path, monkeypatch):
+    """A checkpoint's tokenizer is set to a language while it encodes; here, one thread dawdles over it."""
+    _, _, make = TOKENIZERS["nllb"]
+    tokenizer = make(tmp_path)
+    codes = ["ita_Latn", "deu_Latn", "fra_Latn"]
+    expected = [encode_texts(tokenizer, "source", ["a b"], [code]) for code in codes]
+    assert len({row[0] for ((*row,),) in expected}) == len(codes)
+    inner = type(tokenizer).__call__
+
+    def slow(self, *arguments, **settings):
+        time.sleep(0.05)
+        return inner(self, *arguments, **settings)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", slow)
+    with ThreadPoolExecutor(len(codes)) as pool:
+        assert list(pool.map(lambda code: encode_texts(tokenizer, "source", ["a b"], [code]), codes)) == expected
 
 
 def test_reserved_tokens_of_the_user_are_still_searched_for():

@@ -102,11 +102,11 @@ def test_it_says_what_the_model_was_trained_on(models, tmp_path):
     model = models["by heart"].model
     assert "does not say what it was trained on" in models["by heart"].about
     (tmp_path / "experiment.yaml").write_text(
-        "data: {train: pairs.tsv}\ntokenizer: {kind: word}\nmodel: {preset: t5}\n"
+        "data: {train: pairs.tsv}\ntokenizer: {kind: word}\nmodel: {attention: additive}\n"
     )
     before, model.name_or_path = model.name_or_path, str(tmp_path)
     assert "Trained on `pairs.tsv`" in describe(model)
-    assert "preset: t5." in describe(model)
+    assert "attention: additive." in describe(model)
     model.name_or_path = before
 
 
@@ -255,6 +255,16 @@ def test_sliders_reach_the_strategies(visitor, monkeypatch):
     assert [settings["num_beams"] for settings in asked] == [1, 7, 1, 1]
     assert asked[2]["temperature"] == 0.5
     assert asked[3]["penalty_alpha"] == pytest.approx(0.65)
+
+    card(visitor, "beam").get_by_role("button").first.click()
+    visitor.get_by_label("Beside it").click()
+    visitor.get_by_role("option", name="additive LSTM").click()
+    visitor.wait_for_selector("#compared h3:has-text('additive LSTM, beam')")
+    assert {settings["num_beams"] for settings in asked[4:]} == {7}
+    decoded = len(asked)
+    visitor.click("#forward")
+    visitor.wait_for_selector("#where h3:has-text('beam: step 2')")
+    assert len(asked) == decoded  # kept
 
 
 @in_a_browser

@@ -70,7 +70,10 @@ class Session:
     model: str = ""
     source: str = ""
     source_ids: list[int] = field(default_factory=list)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each strategy
+    languages: dict[str, Any] = field(default_factory=dict)  # arguments of `translate`
     outputs: list[Output] = field(default_factory=list)
+    compared: dict[tuple[str, str], "Session"] = field(default_factory=dict)  # by another model, of one strategy
     output: int = 0
     step: int = 0
 
@@ -99,7 +102,8 @@ def describe(model: Any) -> str:
     data, tokenizer = settings.get("data", {}), settings.get("tokenizer", {})
     lines.append(f"Trained on `{data.get('train')}`, validated on `{data.get('validation')}`.")
     lines.append(f"Tokens: {tokenizer.get('kind')}.")
-    lines += [f"{key}: {value}." for key, value in settings.get("model", {}).items() if key in ("preset", "attention")]
+    if "attention" in settings.get("model", {}):
+        lines.append(f"attention: {settings['model']['attention']}.")
     return " ".join(lines)
 
 
@@ -138,15 +142,15 @@ def decode_all(
         raise ValueError(
             f"The text has {len(source_ids):,} tokens; this page takes up to {LONGEST_SOURCE}: shorten it."
         )
-    session = Session(name, source, source_ids)
+    spoken: dict[str, Any] = {"source_lang": source_lang, "target_lang": target_lang}
+    session = Session(name, source, source_ids, settings, spoken)
     for strategy, arguments in settings.items():
         started = time.perf_counter()
         (best, *_), *_ = translate(
             loaded.model,
             loaded.processing_class,
             [source],
-            source_lang=source_lang,
-            target_lang=target_lang,
+            **spoken,
             max_time=LONGEST_SECONDS,
             **arguments,
         )
@@ -393,15 +397,19 @@ def build_page(models: dict[str, Loaded]) -> gr.Blocks:
         )
 
     def other(session: Session, kind: str, beside: str) -> str:
-        """The same sentence and strategy in another model."""
+        """The same sentence, strategy, settings and languages in another model, decoded once."""
         if not session.outputs or beside not in models:
             return ""
         loaded = models[beside]
         name = session.chosen.strategy
-        try:
-            theirs = decode_all(loaded, beside, session.source, {name: STRATEGIES[name]})
-        except ValueError as error:  # such as a model with languages, which would have to be chosen
-            return message(str(error))
+        if (beside, name) not in session.compared:
+            try:
+                settings = {name: session.settings[name]}
+                theirs = decode_all(loaded, beside, session.source, settings, **session.languages)
+            except ValueError as error:  # such as a model without these languages
+                return message(str(error))
+            session.compared[beside, name] = theirs
+        theirs = session.compared[beside, name]
         (output,) = theirs.outputs
         head = f"<h3>{html.escape(beside)}, {name}</h3><p>{html.escape(output.hypothesis.text)}</p>"
         if kind not in kinds(beside):

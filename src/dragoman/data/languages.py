@@ -12,6 +12,7 @@ The tokenizers of M2M100, NLLB and mBART are kept when a checkpoint is converted
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -25,6 +26,7 @@ from dragoman.settings import did_you_mean
 
 
 Side = Literal["source", "target"]
+_ONE_AT_A_TIME = threading.Lock()
 OF_CHECKPOINTS = ("M2M100Tokenizer", "NllbTokenizer", "MBart50Tokenizer", "MBartTokenizer")
 
 
@@ -112,17 +114,15 @@ def encode_texts(
 
 @contextmanager
 def _speaking(tokenizer: PreTrainedTokenizerBase, side: Side, code: str | None) -> Iterator[None]:
-    """A checkpoint's tokenizer set to a language, and back to what it was set to."""
+    """A checkpoint's tokenizer set to a language, and back to what it was set to; one thread at a time."""
     attribute = "src_lang" if side == "source" else "tgt_lang"
-    before = tokenizer.src_lang if side == "source" else tokenizer.tgt_lang
-    if code is None or code == before:
-        yield
-        return
-    setattr(tokenizer, attribute, code)
-    try:
-        yield
-    finally:
-        setattr(tokenizer, attribute, before)
+    with _ONE_AT_A_TIME:
+        before = tokenizer.src_lang if side == "source" else tokenizer.tgt_lang
+        setattr(tokenizer, attribute, code or before)
+        try:
+            yield
+        finally:
+            setattr(tokenizer, attribute, before)
 
 
 def languages_of(pairs: Pairs, side: Side) -> list[str]:
