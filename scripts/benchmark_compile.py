@@ -19,7 +19,8 @@ import torch
 import transformers
 import typer
 from benchmark_generation import Work, batch_of, both_sides
-from benchmark_jobs import read_model, spread, take_turns
+from benchmark_jobs import read_model
+from measuring import spread, take_turns
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 

@@ -44,10 +44,9 @@ from benchmark_jobs import (
     idle_places,
     read_job,
     read_model,
-    spread,
     summary,
-    take_turns,
 )
+from measuring import memory_from_now, spread, take_turns
 from torch import nn
 
 from dragoman import DragomanForConditionalGeneration
@@ -206,19 +205,14 @@ def peak_memory(folder: Path, side: str, row: str, sizes: dict[str, Any]) -> flo
 
 
 def measure_memory(folder: str, side: str, work: Work, vocab_size: int):
-    """Prints the MB for `peak_memory`. Linux starts the count of the peak anew when asked to."""
+    """Prints the MB for `peak_memory`."""
     model, batch = read_model(Path(folder)), batch_of(work, vocab_size)
-
-    def megabytes(field: str) -> float:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
 
     short = Work(1, 4, 2, work.beams)
     model.generate(**batch_of(short, vocab_size), **short.arguments())  # what is allocated once
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = megabytes("VmRSS")
+    used = memory_from_now()
     (ours if side == "ours" else theirs)(model, batch, work)
-    print(megabytes("VmHWM") - before)
+    print(used())
 
 
 def whole_files(names: list[str], job: Job, model: Path, other: Path | None, scratch: Path) -> list[str]:

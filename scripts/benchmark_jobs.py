@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from measuring import spread, take_turns
 from transformers import GenerationMixin
 
 from dragoman.conversion import convert, export
@@ -69,26 +70,6 @@ class Job:
 def read_job(data: str, limit: int | None, **settings: Any) -> Job:
     pairs = list(read_pairs(data))[:limit]
     return Job(Path(data).name, [str(pair["source"]) for pair in pairs], [pair["target"] for pair in pairs], **settings)
-
-
-def take_turns(
-    sides: list[Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> tuple[list[list[float]], list[Any]]:
-    """Seconds of every side in every turn, after one turn that does not count, and the sides' last results."""
-    times: list[list[float]] = [[] for _ in sides]
-    results: list[Any] = [None] * len(sides)
-    for turn in range(repeats + 1):
-        for number in range(len(sides)) if turn % 2 else reversed(range(len(sides))):
-            start = clock()
-            results[number] = sides[number]()
-            times[number].append(clock() - start)
-    return [side[1:] for side in times], results
-
-
-def spread(slow: list[float], fast: list[float]) -> str:
-    ratios = [one / other for one, other in zip(slow, fast, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return f"**{statistics.median(ratios):.2f}** ({low:.2f} - {high:.2f})"
 
 
 def summary(rows: list[str]) -> list[str]:

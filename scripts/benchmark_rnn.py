@@ -10,11 +10,12 @@ turns; the ratio is that of a pair of neighbors, and its median and quartiles ar
 from __future__ import annotations
 
 import statistics
-import time
+from functools import partial
 from typing import Annotated
 
 import torch
 import typer
+from measuring import spread, take_turns
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -67,7 +68,7 @@ def main(
     layers: Annotated[int, typer.Option(help="Of both sides.")] = 2,
     batch_size: Annotated[int, typer.Option(help="Sentence pairs.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of the longest sentence.")] = 24,
-    repeats: Annotated[int, typer.Option(help="Measured pairs of steps, after two that are not.")] = 11,
+    repeats: Annotated[int, typer.Option(help="Measured pairs of steps, after one that is not.")] = 11,
     dropout: float = 0.1,
     device: str = "cpu",
 ) -> None:
@@ -76,7 +77,7 @@ def main(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; forward + loss + backward, "
         f"batch {batch_size} x {length}, hidden {hidden_size}, {layers} + {layers} layers, vocabulary {vocab_size}"
     )
-    typer.echo(f"{'cell':5} {'attention':9} {'bare ms':>8} {'ours ms':>8} {'ratio':>6} {'quartiles':>14}")
+    typer.echo(f"{'cell':5} {'attention':9} {'bare ms':>8} {'ours ms':>8}   ratio (quartiles)")
     for cell in CELLS:
         for attention in ("none", "dot"):
             bare = Bare(cell, attention == "dot", vocab_size, hidden_size, layers, dropout).to(device)
@@ -97,28 +98,16 @@ def main(
             losses = [side.eval()(**batch, decoder_input_ids=inputs) for side in sides]
             torch.testing.assert_close(losses[0], losses[1].loss)  # they compute the same thing
 
-            def seconds(side: nn.Module, batch: dict = batch, inputs: torch.Tensor = inputs) -> float:
+            def step(side: nn.Module, batch: dict = batch, inputs: torch.Tensor = inputs) -> None:
                 side.train().zero_grad()
-                start = time.perf_counter()
                 result = side(**batch, decoder_input_ids=inputs)
                 (result if torch.is_tensor(result) else result.loss).backward()
                 if device != "cpu":
                     torch.accelerator.synchronize()
-                return time.perf_counter() - start
 
-            pairs = []
-            for turn in range(repeats + 2):
-                order = sides if turn % 2 else sides[::-1]
-                times = {id(side): seconds(side) for side in order}
-                pairs.append((times[id(bare)], times[id(ours)]))
-            pairs = pairs[2:]
-            ratios = [mine / theirs for theirs, mine in pairs]
-            low, _, high = statistics.quantiles(ratios, n=4)
-            bare_ms, ours_ms = (1000 * statistics.median(side) for side in zip(*pairs, strict=True))
-            typer.echo(
-                f"{cell:5} {attention:9} {bare_ms:8.1f} {ours_ms:8.1f} {statistics.median(ratios):6.2f} "
-                f"{low:6.2f} - {high:4.2f}"
-            )
+            times, _ = take_turns([partial(step, side) for side in sides], repeats)
+            bare_ms, ours_ms = (1000 * statistics.median(side) for side in times)
+            typer.echo(f"{cell:5} {attention:9} {bare_ms:8.1f} {ours_ms:8.1f}  {spread(times[1], times[0])}")
 
 
 if __name__ == "__main__":

@@ -19,15 +19,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +37,7 @@ import torch
 import transformers
 import typer
 from datasets import Dataset
+from measuring import memory_from_now, spread, take_turns
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
@@ -228,21 +229,6 @@ def timed_steps(side: str, sampling: str, model: Any, data: Data, folder: Path, 
     return trainer.tokens / clock.seconds
 
 
-def take_turns(sides: dict[str, Callable[[int], float]], turns: int) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(turns):
-        for name in reversed(sides) if turn % 2 else sides:
-            found[name].append(sides[name](turn))
-    return found
-
-
-def spread(ratios: list[float]) -> str:
-    if len(ratios) < 2:
-        return f"**{ratios[0]:.2f}**"
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return f"**{statistics.median(ratios):.2f}** ({low:.2f} - {high:.2f})"
-
-
 def speed_rows(sizes: Sizes, data: Data, steps: int, turns: int) -> Iterator[str]:
     lengths = side_lengths(data.encoded)
     order = np.random.default_rng(0).permutation(len(data.encoded)).tolist()
@@ -261,7 +247,10 @@ def speed_rows(sizes: Sizes, data: Data, steps: int, turns: int) -> Iterator[str
             )
             for name, (side, sampling) in works.items()
         }
-        found = take_turns(sides, turns)
+        found: dict[str, list[float]] = {name: [] for name in sides}
+        for turn in range(turns):
+            for name in reversed(sides) if turn % 2 else sides:
+                found[name].append(sides[name](turn))
     yield (
         f"\n## Real target tokens per second of processor time\n\n{len(data.encoded):,} pairs of at most "
         f"{lengths[0].max()} and {lengths[1].max()} tokens; {data.mean_tokens:.0f} real target tokens an update on "
@@ -271,7 +260,7 @@ def speed_rows(sizes: Sizes, data: Data, steps: int, turns: int) -> Iterator[str
     )
     ours = found["ours, token budget"]
     for name, (side, sampling) in works.items():
-        ratio = "" if side == "ours" else spread([a / b for a, b in zip(ours, found[name], strict=True)])
+        ratio = "" if side == "ours" else spread(ours, found[name])
         parameters, tokens = models[side].num_parameters(only_trainable=True), lengths[1].sum()
         yield (
             f"| {name} | {parameters:,} | {tokens / len(batches[sampling]):.0f} "
@@ -279,7 +268,7 @@ def speed_rows(sizes: Sizes, data: Data, steps: int, turns: int) -> Iterator[str
         )
     for sampling in list(batches)[1:]:
         best = max(PEERS, key=lambda peer: statistics.median(found[f"{peer}, {sampling}"]))
-        ratio = spread([a / b for a, b in zip(ours, found[f"{best}, {sampling}"], strict=True)])
+        ratio = spread(ours, found[f"{best}, {sampling}"])
         yield f"\nAgainst the fastest peer on {sampling} ({best}): {ratio}."
 
 
@@ -295,15 +284,12 @@ def step_rows(sizes: Sizes, data: Data, turns: int) -> Iterator[str]:
     rows = [data.encoded[number] for number in order]
     batches = {side: DataCollatorForSeq2Seq(data.tokenizer, model=model)(rows) for side, model in models.items()}
 
-    def step(side: str) -> float:
-        begin = time.process_time()
+    def step(side: str) -> None:
         models[side].zero_grad()
         loss_of(side, models[side], batches[side]).backward()
-        return time.process_time() - begin
 
-    sides = {side: lambda turn, side=side: step(side) for side in models}
-    take_turns(sides, 2)
-    found = take_turns(sides, turns)
+    times, _ = take_turns([partial(step, side) for side in models], turns, time.process_time)
+    found = dict(zip(models, times, strict=True))
     labels, inputs = batches["ours"]["labels"], batches["ours"]["input_ids"]
     real = (int((labels != -100).sum()) + int(batches["ours"]["attention_mask"].sum())) / (
         labels.numel() + inputs.numel()
@@ -314,10 +300,10 @@ def step_rows(sizes: Sizes, data: Data, turns: int) -> Iterator[str]:
         "| side | ms of processor time | peer / ours |\n|---|--:|--:|"
     )
     for side, seconds in found.items():
-        ratio = "" if side == "ours" else spread([a / b for a, b in zip(seconds, found["ours"], strict=True)])
+        ratio = "" if side == "ours" else spread(seconds, found["ours"])
         yield f"| {side} | {1000 * statistics.median(seconds):.0f} | {ratio} |"
     best = min(PEERS, key=lambda peer: statistics.median(found[peer]))
-    ratio = spread([a / b for a, b in zip(found[best], found["ours"], strict=True)])
+    ratio = spread(found[best], found["ours"])
     yield f"\nAgainst the fastest peer ({best}): {ratio}."
 
 
@@ -326,7 +312,7 @@ MEMORY_BATCH = (32, 48)
 
 
 def measure_memory(side: str) -> None:
-    """Prints the MB that a step adds to a process that holds the model. Linux counts the peak anew when asked to."""
+    """Prints the MB that a step adds to a process that holds the model."""
     model = model_of(side, MEMORY_SIZES).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(3, MEMORY_SIZES.vocab_size, MEMORY_BATCH)
@@ -335,16 +321,11 @@ def measure_memory(side: str) -> None:
     with torch.no_grad():
         loss_of(side, model, small)  # what is allocated once
 
-    def megabytes(field: str) -> float:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
-
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = megabytes("VmRSS")
+    used = memory_from_now()
     loss_of(side, model, batch).backward()
-    backward = megabytes("VmHWM") - before
+    backward = used()
     optimizer.step()
-    print(backward, megabytes("VmHWM") - before, model.num_parameters(only_trainable=True))
+    print(backward, used(), model.num_parameters(only_trainable=True))
 
 
 def memory_rows() -> Iterator[str]:
