@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from typer.testing import CliRunner
 import dragoman.cli
 from commands import run_line
 from dragoman.data.tokenizers import train_tokenizer
-from dragoman.training.arguments import load_experiment
+from dragoman.settings import parse_yaml
+from dragoman.training.arguments import DataArguments, TokenizerArguments, TrainingArguments, load_experiment
 from dragoman.training.run import train
 from hub.server import USER, serve, used_here
 from training.experiments import WORDS, write_experiment, write_pairs
@@ -29,6 +31,27 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 def blocks(page: str) -> list[tuple[str, str]]:
     """The fenced blocks of a page in their order, each with its language."""
     return re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_every_key_is_explained_with_its_default():
+    page = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
+    written = {
+        key: parse_yaml(default, key) for key, default in re.findall(r"^\| `(\S+)` \| (.*?) ?\| ", page, re.MULTILINE)
+    }
+    expected = {"data.train": None}
+    for section, arguments in (
+        ("data", DataArguments),
+        ("tokenizer", TokenizerArguments),
+        ("training", TrainingArguments),
+    ):
+        for key in fields(arguments):
+            if key.name in vars(arguments).get("__annotations__", {}) and key.name not in (
+                "train",
+                "dataloader_pin_memory",
+            ):
+                default = key.default_factory() if key.default is MISSING else key.default
+                expected[f"{section}.{key.name}"] = default
+    assert written == expected
 
 
 def stock_marian(folder: Path) -> Path:
