@@ -72,6 +72,11 @@ def cross_mask(
             finished = finished.repeat(1, 1, folded.shape[1] // length, 1)
     elif attention_mask is not None and attention_mask.ndim == 4:
         finished = _additive(config, attention_mask, embeds.dtype).amax(dim=2, keepdim=True)
+    elif segment_ids is None and allowed is not None and config._attn_implementation in ("eager", "sdpa"):
+        # create_bidirectional_mask would ask the condition for each pair of positions (vmap): in steps of decoding,
+        # which have one position, that takes longer than all the layers.
+        real = torch.ones_like(number) if attention_mask is None else attention_mask
+        finished = _additive(config, real[:, None, None].bool(), embeds.dtype)
     if finished is not None:
         return _restrict(finished, allowed, sources, folded.shape[1])
     return create_bidirectional_mask(
