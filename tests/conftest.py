@@ -19,6 +19,12 @@ def pytest_configure(config):
     settings.load_profile(config.getoption("--hypothesis-profile") or "fast")
 
 
+def pytest_collection_modifyitems(items):
+    # Files with long tests first: towards the end, processes that share the tests out are left with short ones.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish(session):
     shorten_trainings()
 

@@ -108,14 +108,14 @@ def _mlp(weights, config, name, x):
 
 def _rotate(vector, position, theta):
     half = len(vector) // 2
-    turned = torch.empty_like(vector)
+    turned = [vector[0]] * len(vector)
     for i in range(half):
         # The library keeps frequencies in single precision, as Transformers does everywhere.
         frequency = (theta ** -(torch.tensor(2 * i, dtype=torch.float32) / len(vector))).double()
         cosine, sine = torch.cos(position * frequency), torch.sin(position * frequency)
         turned[i] = vector[i] * cosine - vector[i + half] * sine
         turned[i + half] = vector[i + half] * cosine + vector[i] * sine
-    return turned
+    return torch.stack(turned)
 
 
 def relative_bucket(distance: int, bidirectional: bool, num_buckets: int, max_distance: int) -> int:
@@ -143,23 +143,25 @@ def _attention(weights, config, side, name, x, memory, causal):
     keys = _linear(weights, name + ".k_proj", memory).view(len(memory), groups, size)
     values = _linear(weights, name + ".v_proj", memory).view(len(memory), groups, size)
     scale = size**-0.5 if config.attention_scaling is None else config.attention_scaling
-    output = torch.zeros(len(x), heads, size, dtype=x.dtype)
+
+    def place(vector, position, norm):
+        if config.qk_norm:
+            vector = _rms(vector, weights[f"{name}.{norm}.weight"], config.norm_eps)
+        if config.position_embedding_type == "rotary" and causal is not None:
+            vector = _rotate(vector, position, config.rope_parameters["rope_theta"])
+        return vector
+
+    output = []
     for head in range(heads):
         group = head // (heads // groups)
+        placed_keys = [place(keys[s, group], s, "k_norm") for s in range(len(memory))]
         for t in range(len(x)):
-            scores = []
+            query, scores = place(queries[t, head], t, "q_norm"), []
             for s in range(len(memory)):
                 unseen = (causal and s > t) or (
                     causal is None and config.attention_direction == "unidirectional" and s > t
                 )
-                query, key = queries[t, head], keys[s, group]
-                if config.qk_norm:
-                    query = _rms(query, weights[name + ".q_norm.weight"], config.norm_eps)
-                    key = _rms(key, weights[name + ".k_norm.weight"], config.norm_eps)
-                if config.position_embedding_type == "rotary" and causal is not None:
-                    theta = config.rope_parameters["rope_theta"]
-                    query, key = _rotate(query, t, theta), _rotate(key, s, theta)
-                score = query @ key * scale
+                score = query @ placed_keys[s] * scale
                 if config.position_embedding_type == "relative" and causal is not None:
                     bucket = relative_bucket(
                         s - t, side == "encoder", config.relative_num_buckets, config.relative_max_distance
@@ -167,8 +169,8 @@ def _attention(weights, config, side, name, x, memory, causal):
                     score = score + weights[f"model.{side}.relative_bias.weight.weight"][bucket, head]
                 scores.append(torch.full_like(score, -math.inf) if unseen else score)
             probabilities = torch.stack(scores).softmax(dim=0)
-            for s in range(len(memory)):
-                output[t, head] += probabilities[s] * values[s, group]
+            output.append(sum(probabilities[s] * values[s, group] for s in range(len(memory))))
+    output = torch.stack(output).view(heads, len(x), size).transpose(0, 1)
     return _linear(weights, name + ".o_proj", output.reshape(len(x), heads * size))
 
 

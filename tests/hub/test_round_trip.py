@@ -229,7 +229,7 @@ def test_a_revision_of_a_name_on_the_hub(world, tmp_path):
         for command in (
             ["generate", model],
             ["serve", model, "--port", "0"],
-            ["demo", model, "--port", "0"],
+            ["demo", model],
             ["export", model, tmp_path / "exported", "--format", "ctranslate2"],
         ):
             result = run_dragoman(*command, "--revision", revision)

@@ -1,5 +1,8 @@
 """A model that learned ten sentence pairs by heart, within seconds: it ends its outputs, and they differ in length."""
 
+import copy
+import functools
+
 import torch
 
 from dragoman import DragomanConfig, DragomanForConditionalGeneration
@@ -25,7 +28,14 @@ TARGETS = [target for _, target in PAIRS]
 
 
 def learned_by_heart(two_vocabularies: bool = False, kind: str = "word", **options):
-    """-> (model in evaluation mode, tokenizer of that kind, or processor of characters and words)"""
+    """-> (model in evaluation mode, tokenizer of that kind, or processor of characters and words), both the caller's"""
+    found = copy.deepcopy(_trained(two_vocabularies, kind, **options))
+    torch.manual_seed(0)  # whether it was trained now or before
+    return found
+
+
+@functools.cache
+def _trained(two_vocabularies: bool, kind: str, **options):
     torch.manual_seed(0)
     if two_vocabularies:
         processing_class = DragomanProcessor(train_tokenizer(SOURCES, "char"), train_tokenizer(TARGETS, "word"))

@@ -6,7 +6,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 import reference
-from conftest import BOS, EOS, PAD, B, V, make_batch
+from conftest import BOS, EOS, FAMILIES, PAD, B, V, make_batch
 from dragoman.data.tokenizers import train_tokenizer
 
 
@@ -115,9 +115,12 @@ def test_scores_of_n_best_are_log_probabilities(model, batch):
 # ---------------------------------------------------------------- contrastive search
 
 
-@pytest.mark.parametrize("penalty_alpha", [0.2, 0.6, 1.0])
-@pytest.mark.parametrize("top_k", [2, 5])
-def test_contrastive_equals_brute_force(model, batch, penalty_alpha, top_k):
+@pytest.mark.parametrize("penalty_alpha", PENALTIES := [0.2, 0.6, 1.0])
+def test_contrastive_equals_brute_force(any_family, batch, penalty_alpha):
+    # Pairwise: each family meets all penalties and both sizes, and each penalty both sizes.
+    number = [one.name for one in FAMILIES].index(any_family.name)
+    top_k = (2, 5)[(number + PENALTIES.index(penalty_alpha)) % 2]
+    model = any_family.build()
     expected = reference.contrastive_search(
         model, batch["input_ids"], batch["attention_mask"], penalty_alpha, top_k, 7, BOS, EOS, PAD
     )
