@@ -445,8 +445,8 @@ def words(
         report = evaluate_model(
             model, pairs, outputs, metrics=["wer"], references_column="accepted", batch_size=batch_size
         )
-        lines = (Path(outputs) / "predictions.default.jsonl").read_text().splitlines()
-    predictions = [json.loads(line)["prediction"] for line in lines]
+        lines = (Path(outputs) / "predictions.default.jsonl").read_text().split("\n")
+    predictions = [json.loads(line)["prediction"] for line in lines if line]
     first = headline(compute_scores(predictions, list(pairs["target"]), ["wer"]))
     marker = json.loads((model / "complete.json").read_text())
     result = {

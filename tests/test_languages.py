@@ -24,6 +24,7 @@ from dragoman.inference.loading import load
 from dragoman.inference.translate import compare_strategies, translate
 from dragoman.models.pipeline_dragoman import ForcedFirstTokens
 from dragoman.training.arguments import load_experiment
+from dragoman.training.card import calls
 from dragoman.training.run import train, usage
 from training.experiments import SECTIONS, training_section
 
@@ -176,8 +177,17 @@ def test_the_first_tokens_do_what_one_forced_token_does(trained):
 
 def test_the_lines_that_training_prints(trained, capsys):
     pair = ROWS[12]  # "two one three"
-    exec("\n".join(line.strip() for line in usage(trained, load_tokenizer(trained), pair).splitlines()), {})
+    exec("\n".join(line.strip() for line in usage(trained, pair).splitlines()), {})
     assert capsys.readouterr().out == pair["target"] + "\n"
+
+
+def test_the_lines_for_pairs_without_languages(tmp_path):
+    """As those that a model of one direction is fine-tuned on."""
+    settings = {"source_languages": ["en"], "target_languages": ["it"], "source_prefix": "now: "}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    call = calls(tmp_path, {"source": "one"})
+    assert (call.text, call.languages) == ('"<en>now: one"', ', source_lang="en", target_lang="it"')
+    assert call.into == ', forced_bos_token_id=tokenizer.convert_tokens_to_ids("<it>")'
 
 
 def test_the_same_in_plain_transformers(trained):
@@ -398,5 +408,7 @@ def test_both_directions(tmp_path):
     model, tokenizer = load(output, device="cpu")
     settings = {"source_lang": ["en", "it"], "target_lang": ["it", "en"]}
     assert texts(translate(model, tokenizer, ["two one three", "tre due"], **settings)) == ["due uno tre", "three two"]
+    with pytest.raises(ValueError, match=r"data\.both_directions: data\.train has a source_prefix, and nobody knows"):
+        run(tmp_path / "prefix", rows, data={**data, **paths(tmp_path / "prefix"), "source_prefix": "to Italian: "})
     with pytest.raises(ValueError, match=r"data\.both_directions: data\.train needs source_lang and target_lang"):
         run(tmp_path / "without", rows, data={**paths(tmp_path / "without"), "both_directions": True})

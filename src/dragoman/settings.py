@@ -115,11 +115,24 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
-_Loader.add_implicit_resolver(
+_FLOAT = (
     "tag:yaml.org,2002:float",
     re.compile(r"([-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
     list("-+0123456789."),
 )
+_Loader.add_implicit_resolver(*_FLOAT)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around each text that YAML 1.1 or 1.2 would take for something else."""
+
+
+_Dumper.add_implicit_resolver(*_FLOAT)
+
+
+def dump_yaml(mapping: Mapping[str, Any]) -> str:
+    """A text that `parse_mapping`, and any other reader of YAML, reads as this mapping."""
+    return yaml.dump(dict(mapping), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_mapping(text: str, where: str) -> dict[str, Any]:

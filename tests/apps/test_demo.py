@@ -102,7 +102,7 @@ def test_it_says_what_the_model_was_trained_on(models, tmp_path):
     model = models["by heart"].model
     assert "does not say what it was trained on" in models["by heart"].about
     (tmp_path / "experiment.yaml").write_text(
-        "data: {train: pairs.tsv}\ntokenizer: {kind: word}\nmodel: {attention: additive}\n"
+        "data: {train: /home/me/pairs.tsv}\ntokenizer: {kind: word}\nmodel: {attention: additive}\n"
     )
     before, model.name_or_path = model.name_or_path, str(tmp_path)
     assert "Trained on `pairs.tsv`" in describe(model)

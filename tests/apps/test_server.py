@@ -418,7 +418,7 @@ def test_health_follows_the_state(tiny):
 
 
 def test_the_model_and_the_page_explain(tiny, tmp_path):
-    (tmp_path / "experiment.yaml").write_text("data: {train: ten pairs, validation: null, source_column: x}")
+    (tmp_path / "experiment.yaml").write_text("data: {train: /home/me/ten pairs, validation: null, source_column: x}")
     app = server.create_app(*tiny, str(tmp_path), Limits(max_new_tokens=9))
 
     async def run():
@@ -427,7 +427,7 @@ def test_the_model_and_the_page_explain(tiny, tmp_path):
 
     model, page, schema = asyncio.run(run())
     about = model.json()
-    assert about["trained_on"] == {"train": "ten pairs", "validation": None}
+    assert about["trained_on"] == {"train": "ten pairs"}
     assert about["parameters"] == tiny[0].num_parameters()
     assert about["limits"]["max_new_tokens"] == 9
     assert not re.search(r"(src|href)=.?(https?:)?//", page.text)

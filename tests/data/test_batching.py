@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dragoman.data.batching import length_sorted_batches, map_in_batches
+from dragoman.data.batching import TokenBudgetBatches, length_sorted_batches, map_in_batches
 
 
 @given(
@@ -71,3 +71,9 @@ def test_refused_arguments():
         list(map_in_batches([1], list, length=int, batch_size=1, window=0))
     with pytest.raises(ValueError, match="zip"):
         list(map_in_batches([1, 2], lambda batch: batch[1:], length=int, batch_size=2))
+
+
+def test_a_pair_as_long_as_the_budget_among_few():
+    """As in the last window of a stream: whatever the shares would be, single pairs fit."""
+    made = TokenBudgetBatches([30, 4, 5], [30, 3, 6], 60, packing=True)
+    assert sorted(made.shuffled(1, 0)) == [[0], [1], [2]]

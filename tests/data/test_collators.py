@@ -41,6 +41,13 @@ def test_encoded_pairs(streaming, joint):
     assert str(report) == "kept 4 of 4 pairs"
 
 
+def test_a_row_of_a_stream_without_the_prefix_of_the_others():
+    rows = [{"source": "one", "target": "uno", "source_prefix": prefix} for prefix in ("two ", None)]
+    encoded, _ = encode_pairs(Dataset.from_list(rows).to_iterable_dataset(), build())
+    with pytest.raises(ValueError, match="pair 2 has no source_prefix, which other pairs have"):
+        list(encoded)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_dropped_pairs_are_counted(streaming):
     pairs = [*PAIRS, (" ", "tre"), ("three", ""), ("", "\t")]

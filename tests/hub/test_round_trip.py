@@ -107,6 +107,11 @@ def test_training_pushes_while_it_trains(world):
     in_progress = [commit for commit in commits if commit.message.startswith("Training in progress")]
     assert in_progress
     assert {"modeling_dragoman.py", "model.safetensors", "tokenizer.json"} <= set(in_progress[0].files)
+    assert {"experiment.yaml", "config.json"} <= set(in_progress[0].files)
+    sentences = {"samples.jsonl", "training.png"}
+    assert all(not sentences & set(commit.files) for commit in commits), "of the validation data"
+    assert sentences < {path.name for path in world.trained.iterdir()}
+    assert not (world.trained / "checkpoint-pushed").exists()
     last = commits[-1].files
     assert {"experiment.yaml", "test_results.json", "evaluation/scores.json"} <= set(last)
     assert [path for path in last if re.search(r"checkpoint|training_args|optimizer|complete|predictions", path)] == []

@@ -237,6 +237,15 @@ def test_a_saved_experiment_reads_back(tmp_path, experiment_file):
     assert again.generation == experiment.generation
 
 
+@pytest.mark.parametrize("text", ["2e-3", ".5e3", "1_000", "1e5", "on", "no", "null", "12:30:00", "0x1F", "~"])
+def test_a_text_stays_a_text(tmp_path, experiment_file, text):
+    """Whatever YAML 1.1 or 1.2 would take it for without its quotes."""
+    experiment = load_experiment(experiment_file, [f"training.run_name='{text}'"])
+    experiment.save(tmp_path / "again.yaml")
+    assert load_experiment(tmp_path / "again.yaml").given["training"]["run_name"] == text
+    assert yaml.safe_load((tmp_path / "again.yaml").read_text())["training"]["run_name"] == text
+
+
 def test_presets_by_name():
     config = preset("deep_shallow", vocab_size=23, d_model=64)
     assert isinstance(config, dragoman.DragomanConfig)
@@ -356,6 +365,7 @@ def test_saved_experiments_are_plain_yaml(tmp_path, experiment_file):
      "training.per_device_train_batch_size and training.max_tokens_per_batch exclude each other"),
     (["model.preset=lstm_luong", "training.max_tokens_per_batch=99", "training.packing=true"],
      "training.packing is for models of type 'dragoman', not 'dragoman_rnn'"),
+    (["training.train_sampling_strategy=batch_rebalance"], "batch_rebalance cannot be resumed exactly; group_by_"),
     (["data.num_proc=0"], "data: num_proc is 0; it must be at least 1"),
     (["data.streaming=true", "training.max_steps=-1"], "data.streaming needs training.max_steps"),
     (["data.streaming=true"], "data.streaming needs data.max_source_length and data.max_target_length"),

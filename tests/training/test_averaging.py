@@ -55,6 +55,18 @@ def test_it_is_a_whole_model(tmp_path, finished):
     assert len(json.loads((tmp_path / "out" / "complete.json").read_text())["averaged"]) == 3
 
 
+def test_nothing_that_is_said_about_another_model(tmp_path, finished):
+    last = shutil.copytree(finished / "checkpoint-6", tmp_path / "last")
+    others = ("README.md", "test_results.json", "samples.jsonl", "training.png", "evaluation/scores.json", "runs/log")
+    for name in others:
+        (last / name).parent.mkdir(exist_ok=True)
+        (last / name).write_text("{}")
+    average_checkpoints([finished / "checkpoint-2", last], tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "config.json" in names
+    assert not names & {name.partition("/")[0] for name in others}
+
+
 def test_half_precision_is_added_up_in_single(tmp_path, finished):
     for number, value in enumerate((256.0, 1.0, 1.0)):
         shutil.copytree(finished / "checkpoint-2", tmp_path / str(number))

@@ -8,11 +8,12 @@ import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from safetensors.torch import load_file
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from dragoman.data.batching import TokenBudgetBatches
 from dragoman.training import run
 from dragoman.training.arguments import load_experiment
-from dragoman.training.batches import StreamedBatches, TokenBudgetSampler, side_lengths
+from dragoman.training.batches import LengthGroups, StreamedBatches, TokenBudgetSampler, side_lengths
 from dragoman.training.run import train
 from training.experiments import write_experiment, write_pairs
 from training.test_run import assert_equal_weights, interrupt_in_step
@@ -89,6 +90,7 @@ def test_lengths_are_read_from_the_table():
 
 TRAIN_ONLY = {"validation": None, "test": None}
 WITHOUT_EVALUATION = {"eval_strategy": "no", "load_best_model_at_end": False}
+GROUPED = "group_by_length"
 BUDGET = {"per_device_train_batch_size": None, "max_tokens_per_batch": 40, "max_steps": -1, "num_train_epochs": 2}
 
 
@@ -143,6 +145,29 @@ def test_a_resumed_run_sees_the_same_batches(tmp_path, monkeypatch, packing, ste
             train(experiment(tmp_path / "broken", training=changes))
     resumed = train(experiment(tmp_path / "broken", training=changes), resume=True)
     assert_equal_weights(resumed, whole)
+
+
+def test_groups_of_like_lengths_are_the_same_after_resuming(tmp_path, monkeypatch):
+    """In the second epoch, with dropout, which draws from the global random numbers."""
+    changes = {"max_tokens_per_batch": None, "per_device_train_batch_size": 4, "train_sampling_strategy": GROUPED}
+    changes |= {"save_steps": 100, "eval_steps": 100, "load_best_model_at_end": False}
+    whole = train(experiment(tmp_path / "whole", training=changes))
+    assert log_of(whole)["global_step"] == 12
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, 9)
+        with pytest.raises(KeyboardInterrupt):
+            train(experiment(tmp_path / "broken", training=changes))
+    assert_equal_weights(train(experiment(tmp_path / "broken", training=changes), resume=True), whole)
+
+
+def test_the_order_of_groups_comes_from_seed_and_epoch_alone(lengths):
+    orders = []
+    for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0)):
+        torch.rand(1)
+        orders.append(list(LengthGroups(LengthGroupedSampler(8, lengths=lengths[0]), seed, lambda epoch=epoch: epoch)))
+        assert sorted(orders[-1]) == list(range(307))
+    assert orders[0] == orders[1]
+    assert orders[0] not in orders[2:]
 
 
 def test_accumulation_is_exact(tmp_path):
@@ -224,3 +249,9 @@ def test_a_stream_goes_on_where_it_stopped(tmp_path, settings):
     resumed = train(streaming(tmp_path / "part", **settings), resume=True)
     assert log_of(resumed)["global_step"] == 7
     assert_equal_weights(resumed, whole)
+
+
+def test_a_stream_of_which_nothing_is_left(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.train: no pair is left of the stream, so that nothing was trained"):
+        train(streaming(tmp_path, "data.overlong=drop", "data.max_source_length=2", "tokenizer.kind=char"))
+    assert not (tmp_path / "run" / "complete.json").exists()

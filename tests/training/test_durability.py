@@ -129,6 +129,15 @@ def test_a_kill_after_the_last_step(tmp_path, monkeypatch, whole, capsys):
     assert "train_loss" not in said  # of no steps
 
 
+def test_folders_of_other_names_are_no_checkpoints(tmp_path):
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-900-best", "checkpoint-notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-9" / "complete.json").write_text("{}")
+    (tmp_path / "checkpoint-900-best" / "complete.json").write_text("{}")
+    assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["checkpoint-9"]
+    assert [folder.name for folder in unfinished_checkpoints(tmp_path)] == ["checkpoint-10"]
+
+
 def test_a_kill_after_early_stopping(tmp_path, monkeypatch):
     settings = {"learning_rate": 0.0, "early_stopping_patience": 1, "max_steps": 30, "save_steps": 2, "eval_steps": 2}
     with monkeypatch.context() as patch:

@@ -1,18 +1,21 @@
 """Training that starts from a model: converted from a stock class, or trained here."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from conversion.stock import LETTERS, save_with_tokenizer
 from dragoman.conversion import convert
 from dragoman.data.tokenizers import load_tokenizer
+from dragoman.evaluation.scores import compute_scores
 from dragoman.inference.loading import load
 from dragoman.inference.translate import translate
+from dragoman.training import run
 from dragoman.training.arguments import load_experiment
 from dragoman.training.run import train
 from training.experiments import SECTIONS, training_section, write_experiment
@@ -200,3 +203,25 @@ def test_mistakes_are_one_sentence(trained, tmp_path):
     ):
         with pytest.raises(error, match=sentence):
             load_experiment(write(tmp_path, start, **changes))
+
+
+def test_the_test_is_decoded_as_the_checkpoint_decodes(trained, tmp_path, monkeypatch):
+    """And not as the validations are."""
+    start = shutil.copytree(trained, tmp_path / "start")
+    GenerationConfig.from_pretrained(start, num_beams=3).save_pretrained(start)
+    tested = []
+
+    def compute(texts, *args):
+        tested.append(texts)
+        return compute_scores(texts, *args)
+
+    monkeypatch.setattr(run, "compute_scores", compute)
+    overrides = [f"model.from_pretrained={start}", "training.learning_rate=0", "training.max_steps=2"]
+    output = train(load_experiment(write_experiment(tmp_path), [*overrides, "training.generation_max_length=3"]))
+    sources = [json.loads(line)["source"] for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    loaded = load(output, device="cpu")
+    by_default, greedy = (
+        [best.text for best, *_ in translate(*loaded, sources, **how)] for how in ({}, {"num_beams": 1})
+    )
+    assert by_default != greedy
+    assert tested == [by_default]

@@ -54,6 +54,18 @@ def test_checkpointing_keeps_less(arguments):
     full = estimate_memory(model, arguments(), 3, 7, 5).activations
     assert estimate_memory(model, arguments(activation_checkpointing=True), 3, 7, 5).activations < 0.7 * full
     assert not model.is_activation_checkpointing
+    every_second = {"every_n_layers": 2, "use_reentrant": False}
+    found = estimate_memory(
+        model, arguments(activation_checkpointing=True, activation_checkpointing_kwargs=every_second), 3, 7, 5
+    )
+    assert 0.7 * full < found.activations < full
+
+
+def test_an_average_is_counted(arguments):
+    model = family("modern").build(dtype=torch.float32)
+    without, found = (estimate_memory(model, arguments(), 3, 7, 5, averaging=averaging) for averaging in (False, True))
+    assert found.average == found.gradients == found.total - without.total
+    assert "average" in str(found)
 
 
 def test_the_sentence(arguments):

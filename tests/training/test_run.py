@@ -83,7 +83,7 @@ def test_a_finished_folder_is_complete(finished):
 
 def test_it_loads_and_translates_in_three_lines(finished, capsys):
     model, tokenizer = load(finished)
-    exec("\n".join(line.strip() for line in run.usage(finished, tokenizer, {"source": "uno due"}).splitlines()), {})
+    exec("\n".join(line.strip() for line in run.usage(finished, {"source": "uno due"}).splitlines()), {})
     best = translate(model, tokenizer, ["uno due"])[0][0]
     assert capsys.readouterr().out == best.text + "\n"
 
@@ -207,6 +207,23 @@ def test_overwrite_deletes_only_what_a_run_made(tmp_path):
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
 
 
+def test_overwrite_deletes_nothing_that_the_run_needs(tmp_path):
+    output = tmp_path / "run"
+    for name in ("mine", "run"):
+        (tmp_path / name).mkdir()
+        path = write_experiment(tmp_path / name, training={"output_dir": str(output)})
+    path.rename(output / "experiment.yaml")
+    mine = tmp_path / "mine" / "tiny.yaml"
+    for path, override, sentence in (
+        (output / "experiment.yaml", "training.seed=1", rf"would delete {output}/experiment.yaml \(the experiment\)"),
+        (mine, f"data.train={output}/train.jsonl", r"train.jsonl \(data\.train\), which lies in"),
+        (mine, f"data.test=[x.en, {output}/y.it]", r"y.it \(data\.test\[1\]\), which lies in"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            train(load_experiment(path, [override]), overwrite=True)
+    assert (output / "train.jsonl").is_file()
+
+
 def test_an_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write to .*file/run: Not a directory"):
@@ -304,6 +321,41 @@ def test_neither_validation_nor_test(tmp_path):
     )
     assert json.loads((folder / "test_results.json").read_text()) == {}
     assert (folder / "README.md").is_file()
+
+
+def test_dropping_the_last_batch_is_for_training_alone(tmp_path):
+    output = train_tiny(tmp_path, "training.max_steps=2", training={"dataloader_drop_last": True})
+    assert json.loads((output / "test_results.json").read_text()).keys() == {"bleu", "chrf"}  # of 4 pairs, 3 a batch
+
+
+UNSAVED = {"save_strategy": "no", "load_best_model_at_end": False, "max_steps": 2}
+
+
+def test_a_test_that_fails_leaves_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "compute_scores", None)
+    with pytest.raises(TypeError):
+        train_tiny(tmp_path, training=UNSAVED)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+    assert "complete.json" not in names
+
+
+def test_a_signal_without_a_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+    """It comes in the evaluation after the last step, which nothing saves: the run goes on to its end."""
+    evaluate = run.LanguagesTrainer.evaluate
+
+    def interrupted(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(run.LanguagesTrainer, "evaluate", interrupted)
+    assert (train_tiny(tmp_path, training=UNSAVED) / "complete.json").is_file()
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"there are 2 GPUs: start one process on each, with `acc.*launch.*CUDA_V"):
+        train_tiny(tmp_path)
 
 
 def test_a_refused_run_leaves_no_folder(tmp_path):

@@ -9,12 +9,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dragoman.cli
+from dragoman.data.tokenizers import train_tokenizer
 from dragoman.training import run
 from dragoman.training.arguments import load_experiment
 from dragoman.training.checkpoints import complete_checkpoints
 from dragoman.training.run import train
 from dragoman.training.trainer import DurableTrainer
-from dragoman.training.watching import Divergence, Speed, plot_run
+from dragoman.training.watching import Divergence, Samples, Speed, plot_run
 from training.experiments import write_experiment
 
 
@@ -138,3 +139,14 @@ def test_a_norm_that_explodes_stops_the_run():
         ValueError, match=r"the gradient became inf in step 43, .*; there is no checkpoint yet; start anew"
     ):
         divergence.check(math.inf, 43, 0.1)
+
+
+def test_samples_with_line_separators(tmp_path):
+    """U+2028 and U+0085 stand in texts, and end no line of a file of JSON."""
+    samples = Samples(train_tokenizer(["a"], "word", 9), lambda *args, **kwargs: None, 1)
+    samples.texts = lambda: [{"source": "a\u2028b", "output": "c\u0085d", "target": "e"}]
+    for step in (2, 4):
+        samples.report(tmp_path, step, [])
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().rstrip("\n").split("\n")]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert rows[0]["source"] == "a\u2028b"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel
 
 from dragoman.data.languages import default_language, encode_texts, languages, saved_prefix
@@ -23,7 +22,9 @@ from dragoman.inference.loading import load
 from dragoman.inference.pictures import HEAT_STYLE, heat_table
 from dragoman.inference.strategies import STRATEGIES
 from dragoman.inference.translate import Hypothesis, translate
-from dragoman.training.run import EXPERIMENT_FILE
+from dragoman.settings import parse_mapping
+from dragoman.training.card import data_name
+from dragoman.training.checkpoints import EXPERIMENT_FILE
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
@@ -98,9 +99,10 @@ def describe(model: Any) -> str:
     path = Path(model.name_or_path) / EXPERIMENT_FILE
     if not path.is_file():
         return f"{lines[0]} Its folder does not say what it was trained on (it has no {EXPERIMENT_FILE})."
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = parse_mapping(path.read_text(encoding="utf-8"), path.name)
     data, tokenizer = settings.get("data", {}), settings.get("tokenizer", {})
-    lines.append(f"Trained on `{data.get('train')}`, validated on `{data.get('validation')}`.")
+    validation = f", validated on `{data_name(data['validation'])}`" if data.get("validation") else ""
+    lines.append(f"Trained on `{data_name(data['train'])}`{validation}.")
     lines.append(f"Tokens: {tokenizer.get('kind')}.")
     if "attention" in settings.get("model", {}):
         lines.append(f"attention: {settings['model']['attention']}.")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from transformers import PreTrainedModel
 
 from dragoman.apps.batcher import Batcher, QueueFull, Settings, Stopped
@@ -24,7 +23,9 @@ from dragoman.data.tokenizers import ProcessingClass
 from dragoman.inference.arguments import GenerationArguments, check_generation
 from dragoman.inference.loading import load
 from dragoman.inference.translate import Hypothesis, check_generation_arguments, translate
-from dragoman.settings import nearest, one_line
+from dragoman.settings import nearest, one_line, parse_mapping
+from dragoman.training.card import data_name
+from dragoman.training.checkpoints import EXPERIMENT_FILE
 
 
 try:
@@ -197,8 +198,9 @@ class Translator:
 
     def describe(self) -> dict[str, Any]:
         """What the model is, what it was trained on, and what the server takes."""
-        experiment = Path(self.name) / "experiment.yaml"  # which training wrote
-        data = yaml.safe_load(experiment.read_text(encoding="utf-8"))["data"] if experiment.is_file() else None
+        experiment = Path(self.name) / EXPERIMENT_FILE
+        data = parse_mapping(experiment.read_text("utf-8"), experiment.name)["data"] if experiment.is_file() else {}
+        trained_on = {split: data_name(data[split]) for split in ("train", "validation", "test") if data.get(split)}
         defaults = self.model.generation_config.to_diff_dict()
         return {
             "name": Path(self.name).name,
@@ -207,7 +209,7 @@ class Translator:
             "parameters": self.model.num_parameters(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
-            "trained_on": data and {split: data[split] for split in ("train", "validation", "test") if split in data},
+            "trained_on": trained_on or None,
             "source_languages": languages(self.processing_class, "source"),
             "target_languages": languages(self.processing_class, "target"),
             "generation_defaults": {name: value for name, value in defaults.items() if not name.startswith("_")},

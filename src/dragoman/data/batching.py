@@ -179,9 +179,11 @@ class TokenBudgetBatches:
         # A batch ends with the first pair that reaches its share, so that a share must leave room for the longest pair.
         room = self.max_tokens - int(lengths.max()) + 1
         count = math.ceil(lengths.sum() / room / self.multiple_of) * self.multiple_of
-        if count > len(lengths):
+        if count <= len(lengths):
+            return count
+        if len(lengths) % self.multiple_of:
             raise self._indivisible()
-        return count
+        return len(lengths)  # each pair fits by itself
 
     def _indivisible(self) -> ValueError:
         return ValueError(

@@ -162,6 +162,8 @@ class _Encoder:
         """Encode; `dropped` is the reason to drop a row, `truncated` names the sides cut, or they are empty."""
         source_tokenizer, _ = source_and_target_tokenizer(self.processing_class)
         prefixes = batch.get("source_prefix") or [""] * len(indices)
+        if None in prefixes:
+            raise ValueError(f"pair {indices[prefixes.index(None)] + 1} has no source_prefix, which other pairs have")
         prefixed = [prefix + source for prefix, source in zip(prefixes, batch["source"], strict=True)]
         outcome: dict[str, list[Any]] = {name: [] for name in (*ENCODED_COLUMNS, "dropped", "truncated")}
         rows = zip(

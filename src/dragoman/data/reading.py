@@ -126,12 +126,15 @@ def turned_round(pairs: Dataset, where: str) -> Dataset:
         where: what the pairs are called in an error.
 
     Raises:
-        ValueError: the pairs have no languages, without which nothing tells the directions apart.
+        ValueError: the pairs have no languages, without which nothing tells the directions apart; or they have
+            prefixes, of which it is not known what they would be in the other direction.
     """
     names = ("source", "target", "source_lang", "target_lang")
     if not {*names} <= {*pairs.column_names}:
         raise ValueError(f"{where} needs source_lang and target_lang, or the two directions cannot be told apart")
-    pairs = pairs.select_columns(list(names))  # a prefix would name the wrong direction
+    if "source_prefix" in pairs.column_names:
+        raise ValueError(f"{where} has a source_prefix, and nobody knows that of the other direction: leave one out")
+    pairs = pairs.select_columns(list(names))
     other = pairs.rename_columns(dict(zip(names, ("target", "source", "target_lang", "source_lang"), strict=True)))
     return concatenate_datasets([pairs, other.select_columns(list(names))])
 

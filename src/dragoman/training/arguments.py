@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, SchedulerType, Seq2SeqTrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -36,7 +35,7 @@ from dragoman.files import write_whole
 from dragoman.inference.arguments import GenerationArguments, check_combination, check_generation
 from dragoman.inference.loading import model_folder
 from dragoman.models.scheduled_sampling import teacher_forcing_schedule
-from dragoman.settings import check_key, nearest, one_line, parse_mapping, parse_yaml, typed
+from dragoman.settings import check_key, dump_yaml, nearest, one_line, parse_mapping, parse_yaml, typed
 from dragoman.training.checks import check_libraries, check_ranges
 
 
@@ -169,6 +168,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(f"num_train_epochs is {self.num_train_epochs}; it must be greater than 0")
         if self.packing and self.max_tokens_per_batch is None:
             raise ValueError("packing needs max_tokens_per_batch, the tokens of a batch")
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy batch_rebalance cannot be resumed exactly; group_by_length can, or set "
+                "max_tokens_per_batch instead"
+            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be between 0 and 1, for example 0.999")
         if self.report_to is None:
@@ -250,6 +254,7 @@ class Experiment:
     tokenizer: TokenizerArguments
     generation: GenerationArguments
     training: TrainingArguments
+    path: Path  # the file it was read from
     given: dict[str, dict[str, Any]]  # the sections as written, presets and overrides merged in
 
     def model_config(self, **from_tokenizer: Any) -> PreTrainedConfig:
@@ -259,7 +264,7 @@ class Experiment:
     def save(self, path: Path) -> None:
         """Write the experiment so that `load_experiment(path)` gives it back."""
         header = f"# dragoman train {path.name}\n"
-        write_whole(path, header + yaml.safe_dump(self.given, sort_keys=False, allow_unicode=True))
+        write_whole(path, header + dump_yaml(self.given))
 
 
 def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
@@ -334,7 +339,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         check_combination(built["generation"].given())
     except ValueError as error:
         raise ValueError(f"{files('generation')}: generation: {error}") from error
-    return Experiment(model=sections["model"], given=sections, **built)
+    return Experiment(model=sections["model"], path=path, given=sections, **built)
 
 
 def _parse_override(override: str, sections: list[str]) -> tuple[str, str, Any]:

@@ -14,13 +14,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from dragoman.files import check_new_folder, new_folder
-from dragoman.training.checkpoints import COMPLETE_FILE, complete_checkpoints
+from dragoman.training.checkpoints import COMPLETE_FILE, PLOT_FILE, SAMPLES_FILE, TEST_FILE, complete_checkpoints
 
 
 # Of a checkpoint whose model.safetensors is the average: the weights that the optimizer goes on with.
 CURRENT_WEIGHTS_FILE = "current_weights.safetensors"
 WEIGHTS_FILE = "model.safetensors"
-# What a checkpoint holds for the Trainer alone, or says about one checkpoint.
+# What a checkpoint or a run's folder holds for the Trainer alone, or says about one model.
 _OF_ONE_CHECKPOINT = (
     "optimizer*",
     "pytorch_model_fsdp*",
@@ -32,6 +32,13 @@ _OF_ONE_CHECKPOINT = (
     "model*.safetensors*",
     CURRENT_WEIGHTS_FILE,
     COMPLETE_FILE,
+    "checkpoint-*",
+    "runs",
+    PLOT_FILE,
+    SAMPLES_FILE,
+    TEST_FILE,
+    "evaluation",
+    "README.md",
 )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
-from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from dragoman.data.batching import TokenBudgetBatches
 
@@ -49,6 +49,28 @@ class TokenBudgetSampler(BatchRebalanceSampler):
 
     def __len__(self) -> int:
         return len(self.batches) // self.processes
+
+
+class LengthGroups(LengthGroupedSampler):
+    """
+    The order of `train_sampling_strategy: group_by_length`, from the seed and the epoch alone.
+
+    A subclass, because the Trainer's own draws it from the global random numbers, which are neither those of the
+    interrupted run nor, with dropout, the same in all processes.
+
+    Args:
+        stock: the Trainer's.
+        epoch: as in `TokenBudgetSampler`.
+    """
+
+    def __init__(self, stock: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
+        super().__init__(stock.batch_size, lengths=list(stock.lengths))
+        self.seed = seed
+        self.current_epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.current_epoch())
+        return super().__iter__()
 
 
 class StreamedBatches(torch.utils.data.IterableDataset):

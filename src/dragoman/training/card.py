@@ -2,15 +2,18 @@
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers import GenerationConfig
 
-from dragoman.training.checkpoints import TEST_FILE
+from dragoman.data.tokenizers import language_token
+from dragoman.settings import parse_mapping
+from dragoman.training.checkpoints import EXPERIMENT_FILE, TEST_FILE
 
 
 MARKER = "<!-- Written by Dragoman. Delete this line to edit the card: `dragoman push` then leaves it as it is. -->"
@@ -38,6 +41,22 @@ print(generator([{example}]{languages}, batch_size=8, scores=True))
 """
 
 
+@dataclass
+class Calls:
+    """Python for a snippet.
+
+    Attributes:
+        auto_class: loads the tokenizer.
+        text: the source as the tokenizer takes it, quoted.
+        into, languages: what `generate()` and a pipeline are told besides, ", name=value" or nothing.
+    """
+
+    auto_class: str
+    text: str
+    into: str
+    languages: str
+
+
 def write_card(folder: Path, name: str | None = None, example: str | None = None) -> None:
     """Write README.md from what else is in the folder of a model: `experiment.yaml`, the scores, the configurations.
 
@@ -54,7 +73,7 @@ def write_card(folder: Path, name: str | None = None, example: str | None = None
             return
         example = example or before.data.get("widget", [{}])[0].get("text")
     example = example or "Hello"
-    experiment = _yaml(folder / "experiment.yaml")
+    experiment = _yaml(folder / EXPERIMENT_FILE)
     languages = _languages(folder, experiment)
     task = "translation" if len(languages) > 1 else "text2text-generation"
     results = _results(folder, experiment, task)
@@ -75,7 +94,7 @@ def write_card(folder: Path, name: str | None = None, example: str | None = None
     if results:
         sections += ["## Scores", _score_tables(results)]
     if experiment:
-        text = (folder / "experiment.yaml").read_text(encoding="utf-8").strip()
+        text = (folder / EXPERIMENT_FILE).read_text(encoding="utf-8").strip()
         command = "`dragoman train experiment.yaml` trains it again, where the data is:"
         sections += ["## Training", command, f"```yaml\n{text}\n```"]
     body = "\n\n".join(section.strip() for section in sections)
@@ -106,25 +125,28 @@ def _description(folder: Path, experiment: dict[str, Any]) -> str:
     return f"{size}, {origin} with Dragoman on `{data_name(experiment['data']['train'])}`."
 
 
-def _usage(folder: Path, name: str | None, example: str) -> str:
-    """The snippets; with languages, from the first of the source's to the last of the target's."""
+def calls(folder: Path, pair: Mapping[str, str]) -> Calls:
+    """How the source of a pair is translated by the model in a folder.
+
+    Languages that the pair does not name are the first of the model's sources and the last of its targets.
+    """
     two = (folder / "target_tokenizer").is_dir()
     source, target = _tokenizer_settings(folder, "source"), _tokenizer_settings(folder, "target")
-    text, into, languages = source.get("source_prefix", "") + example, "", ""
+    text, into, languages = pair.get("source_prefix", source.get("source_prefix", "")) + pair["source"], "", ""
     if codes := source.get("source_languages"):
-        text, languages = f"<{codes[0]}>{text}", f", source_lang={_quoted(codes[0])}"
+        code = pair.get("source_lang", codes[0])
+        text, languages = language_token(code) + text, f", source_lang={_quoted(code)}"
     if codes := target.get("target_languages"):
+        code = pair.get("target_lang", codes[-1])
         tokenizer = "tokenizer.target_tokenizer" if two else "tokenizer"
-        into = f", forced_bos_token_id={tokenizer}.convert_tokens_to_ids({_quoted(f'<{codes[-1]}>')})"
-        languages += f", target_lang={_quoted(codes[-1])}"
-    return USAGE.format(
-        auto_class="AutoProcessor" if two else "AutoTokenizer",
-        name=_quoted(name or str(folder)),
-        text=_quoted(text),
-        into=into,
-        example=_quoted(example),
-        languages=languages,
-    )
+        into = f", forced_bos_token_id={tokenizer}.convert_tokens_to_ids({_quoted(language_token(code))})"
+        languages += f", target_lang={_quoted(code)}"
+    return Calls("AutoProcessor" if two else "AutoTokenizer", _quoted(text), into, languages)
+
+
+def _usage(folder: Path, name: str | None, example: str) -> str:
+    call = calls(folder, {"source": example})
+    return USAGE.format(name=_quoted(name or str(folder)), example=_quoted(example), **vars(call))
 
 
 def _quoted(text: str) -> str:
@@ -210,4 +232,4 @@ def _count_parameters(folder: Path) -> int:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return parse_mapping(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}

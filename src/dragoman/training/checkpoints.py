@@ -1,21 +1,30 @@
-"""Which checkpoints of a run are whole: those with their marker, which is written last."""
+"""The files of a run, and which of its checkpoints are whole: those with their marker, which is written last."""
 
 import json
+import re
 from pathlib import Path
 
 
 COMPLETE_FILE = "complete.json"
+EXPERIMENT_FILE = "experiment.yaml"
 TEST_FILE = "test_results.json"
+SAMPLES_FILE = "samples.jsonl"
+PLOT_FILE = "training.png"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run in the order of their steps. A folder of another name is not the run's."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", folder.name), folder) for folder in run.glob("checkpoint-*")]
+    return [folder for _, folder in sorted((int(match[1]), folder) for match, folder in found if match)]
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run that were written to their end, in the order of their steps."""
-    markers = run.glob(f"checkpoint-*/{COMPLETE_FILE}")
-    return sorted((marker.parent for marker in markers), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    return [folder for folder in checkpoints(run) if (folder / COMPLETE_FILE).exists()]
 
 
 def unfinished_checkpoints(run: Path) -> list[Path]:
-    return [folder for folder in sorted(run.glob("checkpoint-*")) if not (folder / COMPLETE_FILE).exists()]
+    return [folder for folder in checkpoints(run) if not (folder / COMPLETE_FILE).exists()]
 
 
 def step_of(folder: Path) -> int:

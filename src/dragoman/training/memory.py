@@ -1,7 +1,7 @@
 """What training needs in memory, estimated before it starts: weights, gradients, optimizer, and the largest batch."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
@@ -20,6 +20,7 @@ class MemoryEstimate:
     Attributes:
         weights: parameters and buffers.
         gradients, optimizer: of the parameters that are trained.
+        average: of these parameters over the steps, if there is one.
         activations: what the forward pass of the batch keeps for the backward pass, and the gradient of the logits.
         batch: rows, source length and target length of that batch.
     """
@@ -27,12 +28,13 @@ class MemoryEstimate:
     weights: int
     gradients: int
     optimizer: int
+    average: int
     activations: int
     batch: tuple[int, int, int]
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
 
     def __str__(self) -> str:
         rows, source, target = self.batch
@@ -42,14 +44,21 @@ class MemoryEstimate:
                 ("weights", self.weights),
                 ("gradients", self.gradients),
                 ("optimizer", self.optimizer),
+                ("average", self.average),
                 (f"a batch of {rows} x {source} source and {target} target tokens", self.activations),
             )
+            if number or name != "average"
         ]
         return f"about {_size(self.total)} at most: {', '.join(parts)}"
 
 
 def estimate_memory(
-    model: PreTrainedModel, arguments: TrainingArguments, rows: int, source_length: int, target_length: int
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    rows: int,
+    source_length: int,
+    target_length: int,
+    averaging: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory of training on batches of this size, the longest that can come.
 
@@ -62,6 +71,7 @@ def estimate_memory(
         model: on the device where it will be trained; its state and the random numbers stay as they are.
         arguments: their optimizer, mixed precision and gradient checkpointing count.
         rows, source_length, target_length: of the batch, in sequences and tokens.
+        averaging: whether an average of the trained parameters is kept.
     """
     device = model.device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -85,7 +95,12 @@ def estimate_memory(
     with torch.random.fork_rng(cuda_devices), autocast, torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         model.train()
         if arguments.activation_checkpointing:
-            model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs)
+            kwargs = dict(cast(dict[str, Any], arguments.activation_checkpointing_kwargs or {}))
+            model.activation_checkpointing_enable(
+                every_n_layers=kwargs.pop("every_n_layers", 1),  # as the Trainer calls it
+                offload=kwargs.pop("offload", False),
+                activation_checkpointing_kwargs=kwargs or None,
+            )
         outputs = model(input_ids=source, attention_mask=torch.ones_like(source), labels=labels)
     model.train(was_training)
     if arguments.activation_checkpointing and not checkpointing:
@@ -96,6 +111,7 @@ def estimate_memory(
         weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         gradients=gradients,
         optimizer=gradients * _states(arguments),
+        average=gradients if averaging else 0,
         activations=per_measured * rows // measured,
         batch=(rows, source_length, target_length),
     )

@@ -10,16 +10,17 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 from dragoman.settings import one_line
 from dragoman.training.card import write_card
+from dragoman.training.checkpoints import COMPLETE_FILE, EXPERIMENT_FILE, SAMPLES_FILE
 
 
 # What makes a model. Not the checkpoints of its training, their marker and log, or predictions on somebody's data.
 PUSHED = [
-    *("README.md", "experiment.yaml", "*.json", "*.safetensors", "*.py"),
+    *("README.md", EXPERIMENT_FILE, "*.json", "*.safetensors", "*.py"),
     *("*.model", "*.spm", "*.bpe", "*.txt", "*.jinja"),  # files of converted tokenizers
 ]
-NOT_PUSHED = ["checkpoint-*", "runs/*", "complete.json", "trainer_state.json", "evaluation/predictions*"]
-# Of an earlier push: weights and code that the folder no longer has, and the pickle that the Trainer leaves.
-REPLACED = ["*.safetensors", "*.py", "training_args.bin"]
+NOT_PUSHED = ["checkpoint-*", "runs/*", COMPLETE_FILE, "trainer_state.json", "evaluation/predictions*"]
+# Of an earlier push: weights and code that the folder no longer has, and what the Trainer's own uploads.
+REPLACED = ["*.safetensors", "*.py", "training_args.bin", SAMPLES_FILE]
 
 
 def push(
@@ -94,5 +95,7 @@ def _check_folder(folder: Path) -> None:
         raise FileNotFoundError(f"{folder} holds no model (config.json is missing)")
     if not any(re.fullmatch(r"model.*\.safetensors", path.name) for path in folder.iterdir()):
         raise FileNotFoundError(f"{folder} holds no weights (model.safetensors is missing)")
-    if (folder / "experiment.yaml").is_file() and not (folder / "complete.json").is_file():
-        raise ValueError(f"{folder} is not finished (complete.json is missing): go on with --resume before pushing it")
+    if (folder / EXPERIMENT_FILE).is_file() and not (folder / COMPLETE_FILE).is_file():
+        raise ValueError(
+            f"{folder} is not finished ({COMPLETE_FILE} is missing): go on with --resume before pushing it"
+        )

@@ -30,7 +30,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PrinterCallback,
-    ProcessorMixin,
     ProgressCallback,
     Seq2SeqTrainer,
     TrainerCallback,
@@ -40,12 +39,11 @@ from transformers import (
 )
 
 from dragoman.data.collators import PackingCollator, Seq2SeqCollator, encode_pairs
-from dragoman.data.languages import languages_of, save_prefix, set_languages, trained_languages
-from dragoman.data.reading import Pairs, read_pairs, turned_round, with_settings
+from dragoman.data.languages import languages_of, save_prefix, set_languages
+from dragoman.data.reading import EMBEDDED_PREFIX, Pairs, read_pairs, turned_round, with_settings
 from dragoman.data.tokenizers import (
     ProcessingClass,
     build_tokenizer,
-    language_token,
     load_tokenizer,
     source_and_target_tokenizer,
 )
@@ -55,12 +53,14 @@ from dragoman.inference.arguments import check_token_ids
 from dragoman.inference.languages import language_argument, language_id
 from dragoman.inference.loading import model_folder, one_sentence_for_damaged_weights
 from dragoman.settings import one_line
-from dragoman.training.arguments import Experiment, load_experiment
+from dragoman.training.arguments import Experiment, TrainingArguments, load_experiment
 from dragoman.training.averaging import WeightAverage
 from dragoman.training.batches import side_lengths
-from dragoman.training.card import decoding_name, write_card
+from dragoman.training.card import calls, decoding_name, write_card
 from dragoman.training.checkpoints import (
     COMPLETE_FILE,
+    EXPERIMENT_FILE,
+    PLOT_FILE,
     TEST_FILE,
     complete_checkpoints,
     step_of,
@@ -69,10 +69,9 @@ from dragoman.training.checkpoints import (
 from dragoman.training.memory import MemoryEstimate, estimate_memory
 from dragoman.training.push import check_token, one_sentence_for_hub_errors, push
 from dragoman.training.trainer import LanguagesTrainer, ScheduledSamplingTrainer
-from dragoman.training.watching import PLOT_FILE, Divergence, Samples, plot_run
+from dragoman.training.watching import Divergence, Samples, plot_run
 
 
-EXPERIMENT_FILE = "experiment.yaml"
 SPLITS = ("train", "validation", "test")
 # A new sentence may well be longer than every training target, and one that never ends must still stop.
 LENGTH_MARGIN = 1.5
@@ -97,6 +96,11 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     arguments = experiment.training
     output = Path(str(arguments.output_dir))
     say: Callable[..., None] = Console(soft_wrap=True, highlight=False, quiet=arguments.process_index > 0).print
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"there are {arguments.n_gpu} GPUs: start one process on each, with `accelerate launch --multi_gpu "
+            "-m dragoman train ...`, or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
     with _one_sentence_for_disk_errors(output):
         _check_output(output, experiment, resume, overwrite)
         checkpoint = last_complete_checkpoint(output) if resume else None
@@ -117,10 +121,12 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         arguments.disable_tqdm = True  # a bar in a file or a pipe is noise
     logging.getLogger("transformers.trainer_utils").addFilter(_is_news)
     set_seed(arguments.seed)
-    pairs = _read(experiment)
+    with arguments.main_process_first(desc="reading"):  # the others find what is large in the cache
+        pairs = _read(experiment)
     tokenizer = _shared_tokenizer(experiment, pairs["train"], checkpoint)
     compute_metrics = build_compute_metrics(tokenizer, arguments.metrics) if arguments.predict_with_generate else None
-    encoded = _encode(experiment, pairs, tokenizer, say)
+    with arguments.main_process_first(desc="encoding"):
+        encoded = _encode(experiment, pairs, tokenizer, say)
     longest_target = _longest_target(experiment, encoded["train"])
     model = build_model(experiment, tokenizer, longest_target, languages_of(pairs["train"], "target"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -128,7 +134,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     say(f"vocabulary: {f'{sizes[0]} source, {sizes[1]} target' if len(sizes) == 2 else f'{sizes[0]} joint'}")
     say(f"model: {type(model).__name__}, {parameters:,} parameters, on {arguments.device}")
 
-    companion = _Companion(experiment, model)
+    companion = _Companion(experiment, model, first_step)
     callbacks: list[TrainerCallback] = [companion]
     average = WeightAverage(model, arguments.ema_decay) if arguments.ema_decay is not None else None
     if average is not None:
@@ -172,20 +178,25 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         finally:
             if arguments.process_index == 0:
                 plot_run(trainer.state.log_history, output / PLOT_FILE)
+    if trainer.state.global_step == 0:
+        raise ValueError("data.train: no pair is left of the stream, so that nothing was trained; see data.overlong")
     if trainer.state.global_step == first_step:
         say(f"step {first_step} was the last one: nothing is left to train")
-    if companion.hears_stop(arguments):  # too late to be heard after a step
+    # Too late to be heard after a step. Without a checkpoint of the last one, the run goes on to its end.
+    if companion.hears_stop(arguments) and companion.saved_step == trainer.state.global_step:
         companion.stop(trainer.state)
 
-    scores: dict[str, float] = {}
-    if "test" in encoded:
-        scores = _test(trainer, experiment, tokenizer, encoded["test"], list(pairs["test"]["target"]))
     with _one_sentence_for_disk_errors(output):
         is_pushed, arguments.push_to_hub = arguments.push_to_hub, False  # the Trainer would push its own card
         trainer.save_model(str(output))
         if arguments.process_index == 0:
             (output / "training_args.bin").unlink()  # experiment.yaml says the same and is no pickle
             trainer.state.save_to_json(str(output / "trainer_state.json"))
+    scores: dict[str, float] = {}
+    if "test" in encoded:
+        scores = _test(trainer, arguments, tokenizer, encoded["test"], list(pairs["test"]["target"]))
+    with _one_sentence_for_disk_errors(output):
+        if arguments.process_index == 0:
             (output / TEST_FILE).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
             write_card(output, example=next(iter(pairs["train"]))["source"])
             _mark_complete(experiment, output, trainer.state)
@@ -194,7 +205,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         say(f"pushed: {commit.repo_url} at revision {commit.oid}")
     _say_scores(say, scores, model.generation_config)
     say(f"\nThe model is in {output}. To use it in Python:\n")
-    say(usage(output, tokenizer, next(iter(pairs["train"]))), markup=False)
+    say(usage(output, next(iter(pairs["train"]))), markup=False)
     return output
 
 
@@ -271,24 +282,16 @@ def last_complete_checkpoint(output: Path) -> Path | None:
     return next(reversed(complete_checkpoints(output)), None)
 
 
-def usage(output: Path, tokenizer: ProcessingClass, pair: Mapping[str, str]) -> str:
+def usage(output: Path, pair: Mapping[str, str]) -> str:
     """Three lines of Python, of Transformers alone, that load a model folder and translate the source of a pair."""
-    two = isinstance(tokenizer, ProcessorMixin)
-    text = pair.get("source_prefix", "") + pair["source"]
-    into = ""
-    if trained_languages(tokenizer, "source"):
-        text = language_token(pair["source_lang"]) + text
-    if trained_languages(tokenizer, "target"):
-        target = "tokenizer.target_tokenizer" if two else "tokenizer"
-        into = f", forced_bos_token_id={target}.convert_tokens_to_ids({language_token(pair['target_lang'])!r})"
+    call = calls(output, pair)
     auto_model, auto_tokenizer = (
-        f"transformers.{auto}.from_pretrained({str(output)!r})"
-        for auto in ("AutoModelForSeq2SeqLM", "AutoProcessor" if two else "AutoTokenizer")
+        f"transformers.{auto}.from_pretrained({str(output)!r})" for auto in ("AutoModelForSeq2SeqLM", call.auto_class)
     )
     return (
         "    import dragoman, transformers\n"
         f"    model, tokenizer = {auto_model}, {auto_tokenizer}\n"
-        f"    print(tokenizer.decode(model.generate(**tokenizer({text!r}, return_tensors='pt'){into})[0], "
+        f"    print(tokenizer.decode(model.generate(**tokenizer({call.text}, return_tensors='pt'){call.into})[0], "
         "skip_special_tokens=True))"
     )
 
@@ -332,15 +335,15 @@ class _Lines(TrainerCallback):
 
 class _Companion(TrainerCallback):
     """
-    Beside the Trainer: completes what it pushes of its checkpoints, keeps the model's generation settings, and stops
-    cleanly on Ctrl-C and SIGTERM.
+    Beside the Trainer: keeps the model's generation settings, and stops cleanly on Ctrl-C and SIGTERM.
     """
 
-    def __init__(self, experiment: Experiment, model: PreTrainedModel) -> None:
+    def __init__(self, experiment: Experiment, model: PreTrainedModel, first_step: int) -> None:
         self.experiment = experiment
         self.generation_config = deepcopy(model.generation_config)
         self.interrupted = False
         self.saves_at_epoch_end = False
+        self.saved_step = first_step
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.hears_stop(args):
@@ -356,6 +359,7 @@ class _Companion(TrainerCallback):
         self.saves_at_epoch_end = False
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved_step = state.global_step
         if self.interrupted:
             # Raised rather than control.should_training_stop, which would first run the evaluation of an epoch's end
             # and so make the resumed run differ from an uninterrupted one.
@@ -371,11 +375,6 @@ class _Companion(TrainerCallback):
         raise KeyboardInterrupt(
             f"stopped and saved after step {state.global_step}; the same command with --resume goes on from there"
         )
-
-    def on_push_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # The Trainer pushes what lies here, and puts only weights and tokenizer there.
-        for file in Path(args.output_dir, f"checkpoint-{state.global_step}").glob("*.py"):
-            shutil.copy(file, args.output_dir)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._restore(kwargs["model"])
@@ -428,7 +427,7 @@ def _memory(model: PreTrainedModel, experiment: Experiment, encoded: Pairs) -> M
         source, target = int(sources[longest].max()), int(targets[longest].max())
     if arguments.max_tokens_per_batch is not None:
         rows = max(arguments.max_tokens_per_batch // (source + target), 1)
-    return estimate_memory(model, arguments, rows, source, target)
+    return estimate_memory(model, arguments, rows, source, target, averaging=arguments.ema_decay is not None)
 
 
 def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite: bool) -> None:
@@ -448,6 +447,8 @@ def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite:
         raise ValueError(f"{output} is not empty: --resume goes on with its run, --overwrite deletes it")
     if in_use and not (output / EXPERIMENT_FILE).is_file():
         raise ValueError(f"{output} is not empty and holds no {EXPERIMENT_FILE}: no run made it, so choose another")
+    if in_use and overwrite:
+        _check_inputs(output, experiment)
     if in_use and resume:
         before, now = load_experiment(output / EXPERIMENT_FILE).given, experiment.given
         changed = [
@@ -465,11 +466,25 @@ def _is_finished(output: Path, experiment: Experiment) -> bool:
     return (output / COMPLETE_FILE).is_file() and load_experiment(output / EXPERIMENT_FILE).given == experiment.given
 
 
+def _check_inputs(output: Path, experiment: Experiment) -> None:
+    """Refuse to delete what the run begins with, or a folder of the user's own that merely has such a file."""
+    inputs = {"the experiment": str(experiment.path)}
+    for section, keys in (("data", SPLITS), ("tokenizer", ("path",)), ("model", ("from_pretrained",))):
+        for key in keys:
+            value = experiment.given[section].get(key)
+            for number, path in enumerate(value if isinstance(value, list) else [value]):
+                if path is not None and not str(path).startswith(EMBEDDED_PREFIX):
+                    inputs[f"{section}.{key}" + f"[{number}]" * isinstance(value, list)] = path
+    for name, path in inputs.items():
+        if Path(path).resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"--overwrite would delete {path} ({name}), which lies in {output}: choose another folder")
+
+
 def _claim_output(output: Path, experiment: Experiment, overwrite: bool) -> None:
     """Make the folder this run's own; only now, so that a mistake found before leaves it as it was."""
     if overwrite and output.exists():
-        for marker in (output / COMPLETE_FILE, *output.glob(f"checkpoint-*/{COMPLETE_FILE}")):
-            marker.unlink(missing_ok=True)
+        for folder in (output, *complete_checkpoints(output)):
+            (folder / COMPLETE_FILE).unlink(missing_ok=True)
         # What tells that a run made the folder goes last, lest a second try refuse what is left of it.
         for entry in sorted(output.iterdir(), key=lambda entry: entry.name == EXPERIMENT_FILE):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -571,16 +586,18 @@ def _longest_target(experiment: Experiment, pairs: Pairs) -> int:
 
 
 def _test(
-    trainer: Seq2SeqTrainer, experiment: Experiment, tokenizer: ProcessingClass, dataset: Dataset, references: list[str]
+    trainer: Seq2SeqTrainer,
+    arguments: TrainingArguments,
+    tokenizer: ProcessingClass,
+    dataset: Dataset,
+    references: list[str],
 ) -> dict[str, float]:
     """Score the test set against its texts, decoded as the saved model decodes by default."""
-    arguments = experiment.training
     arguments.predict_with_generate = True
     arguments.train_sampling_strategy = "sequential"  # grouping by length would reorder the predictions too
     trainer.compute_metrics = None  # it would score against decoded labels
-    num_beams = experiment.generation.num_beams or 1
-    # Several processes share out equal numbers of rows, so that the last ones begin the set again
-    predicted = np.asarray(trainer.predict(dataset, num_beams=num_beams).predictions)[: len(references)]
+    arguments.generation_num_beams = arguments.generation_max_length = None  # those of the validations
+    predicted = np.asarray(trainer.predict(dataset).predictions)
     _, target_tokenizer = source_and_target_tokenizer(tokenizer)
     ids = np.where(predicted == -100, target_tokenizer.pad_token_id, predicted)
     texts = target_tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -12,7 +12,8 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler
 from transformers import Seq2SeqTrainer, TrainerState
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import HubStrategy
 
 from dragoman.data.batching import TokenBudgetBatches
 from dragoman.models.modeling_dragoman_rnn import DragomanRnnForConditionalGeneration
@@ -20,9 +21,13 @@ from dragoman.models.pipeline_dragoman import language_arguments
 from dragoman.models.scheduled_sampling import teacher_forcing_schedule
 from dragoman.training.arguments import TrainingArguments
 from dragoman.training.averaging import WeightAverage
-from dragoman.training.batches import StreamedBatches, TokenBudgetSampler, side_lengths
-from dragoman.training.checkpoints import COMPLETE_FILE
+from dragoman.training.batches import LengthGroups, StreamedBatches, TokenBudgetSampler, side_lengths
+from dragoman.training.checkpoints import COMPLETE_FILE, EXPERIMENT_FILE, checkpoints
 from dragoman.training.watching import Divergence, Samples, Speed
+
+
+# While checkpoints are pushed; no checkpoint itself, but named so that nothing takes it for a part of the model.
+UPLOADED_FOLDER = "checkpoint-pushed"
 
 
 class DurableTrainer(Seq2SeqTrainer):
@@ -83,15 +88,34 @@ class DurableTrainer(Seq2SeqTrainer):
 
     def _delete_checkpoints(self, folder: str) -> None:
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-        older = sort_checkpoints(folder)[:-1]
+        older = checkpoints(Path(folder))[:-1]
         surplus = len(older) + 1 - limit if limit else 0
-        for checkpoint in [one for one in older if best is None or Path(one) != Path(best)][: max(surplus, 0)]:
-            Path(checkpoint, COMPLETE_FILE).unlink(missing_ok=True)  # first, lest half a folder look like a whole one
+        for checkpoint in [one for one in older if best is None or one != Path(best)][: max(surplus, 0)]:
+            (checkpoint / COMPLETE_FILE).unlink(missing_ok=True)  # first, lest half a folder look like a whole one
             shutil.rmtree(checkpoint)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         with self._keeping_checkpoints():
-            return super()._finalize_training(*args, **kwargs)
+            output = super()._finalize_training(*args, **kwargs)
+        if self.is_world_process_zero():
+            shutil.rmtree(Path(str(self.args.output_dir), UPLOADED_FOLDER), ignore_errors=True)
+        return output
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The Trainer puts weights and tokenizer into its folder and uploads all of that, sentences of the validation
+        # data and logs among it, but no code. So it gets a folder for this alone.
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        output = Path(str(self.args.output_dir))
+        folder = output / UPLOADED_FOLDER
+        folder.mkdir(exist_ok=True)
+        for file in (*Path(checkpoint_folder).glob("*.py"), output / EXPERIMENT_FILE):
+            shutil.copy(file, folder)
+        self.args.output_dir = str(folder)
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            self.args.output_dir = str(output)
 
     @contextmanager
     def _keeping_checkpoints(self) -> Iterator[None]:
@@ -142,6 +166,15 @@ class DurableTrainer(Seq2SeqTrainer):
             return super()._prepare_for_training(*args, **kwargs)
         finally:
             del model.get_input_embeddings, model.get_output_embeddings
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        # A score must count every pair: the Trainer would drop the last batch of an evaluation, too.
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and kwargs.get("is_training", False)
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Several processes share out equal numbers of rows, the last ones twice; Seq2SeqTrainer would count those.
@@ -212,7 +245,10 @@ class BatchingTrainer(DurableTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         if self.args.max_tokens_per_batch is None:
-            return super()._get_train_sampler(train_dataset)
+            sampler = super()._get_train_sampler(train_dataset)
+            if isinstance(sampler, LengthGroupedSampler):
+                return LengthGroups(sampler, self.data_seed, self._epoch)
+            return sampler
         processes = self.args.world_size
         sources, targets = side_lengths(self.train_dataset if train_dataset is None else train_dataset)
         batches = TokenBudgetBatches(
@@ -222,9 +258,10 @@ class BatchingTrainer(DurableTrainer):
             multiple_of=processes,
             packing=self.args.packing,
         )
-        return TokenBudgetSampler(
-            batches, self.data_seed, lambda: int(self.state.epoch or 0), self.args.process_index, processes
-        )
+        return TokenBudgetSampler(batches, self.data_seed, self._epoch, self.args.process_index, processes)
+
+    def _epoch(self) -> int:
+        return int(self.state.epoch or 0)
 
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, IterableDataset):

@@ -19,10 +19,9 @@ from transformers.integrations import TensorBoardCallback
 
 from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
 from dragoman.files import write_whole
+from dragoman.training.checkpoints import SAMPLES_FILE
 
 
-PLOT_FILE = "training.png"
-SAMPLES_FILE = "samples.jsonl"
 # A gradient so many times the usual one is no noise if it comes so many steps in a row.
 EXPLODING, EXPLODING_STEPS = 100, 10
 
@@ -150,8 +149,10 @@ class Samples:
         if not texts:
             return
         path = folder / SAMPLES_FILE
-        before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in before if json.loads(line)["step"] < step]
+        lines = []
+        if path.exists():
+            with path.open(encoding="utf-8") as before:  # its lines end at "\n" alone, those of str.splitlines() do not
+                lines = [line for line in before if json.loads(line)["step"] < step]
         lines += [json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in texts]
         write_whole(path, "".join(lines))
         for row in texts:
