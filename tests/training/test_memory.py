@@ -52,13 +52,14 @@ def test_it_leaves_no_trace_and_grows_with_the_batch(one, arguments):
 def test_checkpointing_keeps_less(arguments):
     model = family("modern").build(dtype=torch.float32)
     full = estimate_memory(model, arguments(), 3, 7, 5).activations
-    assert estimate_memory(model, arguments(activation_checkpointing=True), 3, 7, 5).activations < 0.7 * full
+    every_layer = estimate_memory(model, arguments(activation_checkpointing=True), 3, 7, 5).activations
+    assert every_layer < 0.7 * full
     assert not model.is_activation_checkpointing
     every_second = {"every_n_layers": 2, "use_reentrant": False}
     found = estimate_memory(
         model, arguments(activation_checkpointing=True, activation_checkpointing_kwargs=every_second), 3, 7, 5
     )
-    assert 0.7 * full < found.activations < full
+    assert every_layer < found.activations < full
 
 
 def test_an_average_is_counted(arguments):
