@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from dragoman.data import reading
 from dragoman.data.collators import encode_pairs
-from dragoman.data.reading import embedded_names, read_lines, read_pairs
+from dragoman.data.reading import embedded_names, languages_of, read_lines, read_pairs
 from dragoman.data.tokenizers import train_tokenizer
 
 
@@ -186,6 +186,31 @@ def test_parallel_files_are_two_without_column_names(tmp_path):
         read_pairs([tmp_path / "a"] * 3)
     with pytest.raises(ValueError, match="parallel text files have no column names"):
         read_pairs([tmp_path / "a"] * 2, source_column="en")
+
+
+def stream_of_languages(*codes):
+    """And how often it was read to its end."""
+    ends = []
+
+    def rows():
+        for code in codes:
+            yield {"source": "a", "target": "b", "source_lang": "en", "target_lang": code}
+        ends.append(len(codes))
+
+    return IterableDataset.from_generator(rows), ends
+
+
+def test_the_languages_of_a_stream_are_read_once():
+    pairs, ends = stream_of_languages("it", "de", "it")
+    assert [languages_of(pairs, side) for side in ("target", "source", "target")] == [
+        ["it", "de"],
+        ["en"],
+        ["it", "de"],
+    ]
+    assert ends == [3]
+    assert languages_of(IterableDataset.from_generator(lambda: iter([{"source": "a", "target": "b"}])), "target") == []
+    with pytest.raises(ValueError, match="pair 2 has no text as its 'target_lang', which other pairs have"):
+        languages_of(stream_of_languages("it", None)[0], "target")
 
 
 def test_missing_files_name_their_neighbors(tmp_path):

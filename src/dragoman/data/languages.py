@@ -17,10 +17,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dragoman.data.reading import Pairs
+from dragoman.data.reading import Pairs, languages_of
 from dragoman.data.tokenizers import ProcessingClass, language_token, source_and_target_tokenizer
 from dragoman.settings import did_you_mean
 
@@ -123,14 +122,6 @@ def _speaking(tokenizer: PreTrainedTokenizerBase, side: Side, code: str | None) 
             yield
         finally:
             setattr(tokenizer, attribute, before)
-
-
-def languages_of(pairs: Pairs, side: Side) -> list[str]:
-    """The languages of the pairs on one side, in the order in which they come; a stream is read to its end for them."""
-    column = f"{side}_lang"
-    if column not in (pairs.column_names or next(iter(pairs))):
-        return []
-    return pairs.unique(column) if isinstance(pairs, Dataset) else list(dict.fromkeys(row[column] for row in pairs))
 
 
 def set_languages(processing_class: ProcessingClass, pairs: Pairs) -> None:

@@ -15,6 +15,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, TypeAlias, cast
@@ -137,6 +138,31 @@ def turned_round(pairs: Dataset, where: str) -> Dataset:
     pairs = pairs.select_columns(list(names))
     other = pairs.rename_columns(dict(zip(names, ("target", "source", "target_lang", "source_lang"), strict=True)))
     return concatenate_datasets([pairs, other.select_columns(list(names))])
+
+
+def languages_of(pairs: Pairs, side: str) -> list[str]:
+    """The languages of the pairs on one side, "source" or "target", in the order in which they come.
+
+    Raises:
+        ValueError: a pair of a stream has none, and others have.
+    """
+    if isinstance(pairs, IterableDataset):
+        return _languages_of_stream(pairs)[side]
+    return pairs.unique(f"{side}_lang") if f"{side}_lang" in pairs.column_names else []
+
+
+@lru_cache(maxsize=1)
+def _languages_of_stream(pairs: IterableDataset) -> dict[str, list[str]]:
+    """Of both sides. The stream is read to its end for them, once for all that ask."""
+    found: dict[str, dict[str, None]] = {"source": {}, "target": {}}
+    names = pairs.column_names or list(next(iter(pairs)))
+    columns = {side: f"{side}_lang" for side in found if f"{side}_lang" in names}
+    for number, row in enumerate(pairs if columns else (), start=1):
+        for side, column in columns.items():
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"pair {number} has no text as its {column!r}, which other pairs have")
+            found[side][row[column]] = None
+    return {side: list(codes) for side, codes in found.items()}
 
 
 def read_lines(path: str | Path = "-") -> Iterator[str]:

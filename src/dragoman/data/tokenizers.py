@@ -16,7 +16,7 @@ from typing import cast
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
-from dragoman.data.reading import Pairs
+from dragoman.data.reading import Pairs, languages_of
 from dragoman.models.processing_dragoman import DragomanProcessor
 from dragoman.settings import one_line
 
@@ -145,7 +145,7 @@ def build_tokenizer(
     """
     if joint and (target_kind is not None or target_vocab_size is not None):
         raise ValueError("a joint vocabulary has no target_kind or target_vocab_size; they are for joint=False")
-    codes = {f"{side}_languages": _codes(dataset, f"{side}_lang") for side in ("source", "target")}
+    codes = {f"{side}_languages": sorted(languages_of(dataset, side)) for side in ("source", "target")}
     if joint:
         texts = _column_texts(dataset, "source", "target")
         return train_tokenizer(texts, kind, vocab_size, extra_special_tokens, **codes)
@@ -263,13 +263,6 @@ def _column_texts(dataset: Pairs, *columns: str) -> Iterator[str]:
             if column == "source":
                 yield from dict.fromkeys(batch.get("source_prefix", ()))  # each once: they need not be frequent
             yield from batch[column]
-
-
-def _codes(dataset: Pairs, column: str) -> list[str]:
-    """The languages in a column; none where there is no such column."""
-    if column not in (dataset.column_names or next(iter(dataset))):
-        return []
-    return sorted({code for batch in dataset.iter(batch_size=1000) for code in batch[column]})
 
 
 def _refuse_emptiness(texts: Iterable[str]) -> Iterator[str]:

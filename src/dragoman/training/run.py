@@ -39,8 +39,8 @@ from transformers import (
 )
 
 from dragoman.data.collators import PackingCollator, Seq2SeqCollator, encode_pairs
-from dragoman.data.languages import languages_of, save_prefix, set_languages
-from dragoman.data.reading import EMBEDDED_PREFIX, Pairs, read_pairs, turned_round, with_settings
+from dragoman.data.languages import save_prefix, set_languages
+from dragoman.data.reading import EMBEDDED_PREFIX, Pairs, languages_of, read_pairs, turned_round, with_settings
 from dragoman.data.tokenizers import (
     ProcessingClass,
     build_tokenizer,
