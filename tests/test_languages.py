@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LogitsProcessorList
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LogitsProcessorList, SuppressTokensLogitsProcessor
 from typer.testing import CliRunner
 
 import dragoman.cli
@@ -159,6 +159,26 @@ def test_rows_of_several_languages_in_one_batch(trained, settings):
         assert texts(found) == [row["target"] for row in mine]
 
 
+def test_processors_of_the_caller_stand_beside_the_languages(trained, monkeypatch):
+    """Rows of one language or of two; the processor forbids the end, so every output has its full length."""
+    model, processing_class = load(trained, device="cpu")
+    argument = {"logits_processor": LogitsProcessorList([SuppressTokensLogitsProcessor([2])]), "max_new_tokens": 6}
+    translator = dragoman.pipeline("translation", trained)
+    found, generate = [], translator.model.generate
+    monkeypatch.setattr(
+        translator.model, "generate", lambda **settings: found.append(generate(**settings)) or found[-1]
+    )
+    for codes, tokens in ((["de", "it"], ["<de>", "<it>"]), (["it", "it"], ["<it>", "<it>"])):
+        outputs = translate(model, processing_class, ["one", "two"], source_lang="en", target_lang=codes, **argument)
+        _, target = source_and_target_tokenizer(processing_class)
+        assert [target.convert_ids_to_tokens(best.token_ids[0]) for best, *_ in outputs] == tokens
+        assert [len(best.token_ids) for best, *_ in outputs] == [6, 6]
+        rows = [{"source": "one", "source_lang": "en", "target_lang": code} for code in codes]
+        translator(rows, batch_size=2, **argument)
+        assert [target.convert_ids_to_tokens(ids[1].item()) for ids in found[-1]] == tokens
+        assert found[-1].shape == (2, 7)
+
+
 def test_the_first_tokens_do_what_one_forced_token_does(trained):
     model, processing_class = load(trained, device="cpu")
     ids = encode_texts(processing_class, "source", ["one two", "three"], ["en", "en"])
@@ -257,6 +277,17 @@ def test_on_the_command_line(trained):
     ):
         result = CliRunner().invoke(dragoman.cli.app, [*command[:2], *options], input="one\n")
         assert (result.exit_code, result.stderr) == (2, f"dragoman generate: {sentence}\n")
+
+
+def test_masks_on_the_command_line(trained, tmp_path):
+    command = ["masks", str(trained), "one two", "--target", "eins zwei", "--out", str(tmp_path / "masks.png")]
+    result = CliRunner().invoke(dragoman.cli.app, [*command, "--source-lang", "en", "--target-lang", "de"])
+    assert result.exit_code == 0, result.stderr
+    result = CliRunner().invoke(dragoman.cli.app, command)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "dragoman masks: the model has several source languages: give source_lang, one of en, it\n",
+    )
 
 
 def test_evaluation_reads_the_columns(trained, tmp_path):

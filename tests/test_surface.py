@@ -72,7 +72,17 @@ def test_command_line():
             "model",
             "text",
         ],
-        "masks": ["--device", "--out", "--revision", "--target", "model", "texts"],
+        "masks": [
+            "--device",
+            "--out",
+            "--revision",
+            "--source-lang",
+            "--source-prefix",
+            "--target",
+            "--target-lang",
+            "model",
+            "texts",
+        ],
         "demo": ["--device", "--host", "--port", "--revision", "models"],
         "serve": [
             "--device",

@@ -1,6 +1,7 @@
 """A whole evaluation: files, report, table."""
 
 import json
+import shutil
 
 import pytest
 import sacrebleu
@@ -92,6 +93,17 @@ def test_the_seed_decides_the_samples(folder, tmp_path):
     first = sample(1)
     assert sample(2) != first
     assert sample(1) == first
+
+
+def test_the_callers_random_numbers_are_left_alone(folder, tmp_path):
+    """Also by the call before the first strategy, of a model that was saved to sample."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**settings, "do_sample": True}))
+    data = Dataset.from_dict({"source": SOURCES[:2], "target": TARGETS[:2]})
+    random_state = torch.get_rng_state()
+    evaluate_model(model, data, tmp_path / "out", strategies=["greedy"], metrics=["chrf"])
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_several_references_from_a_column(folder, tmp_path):

@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
 import dragoman.cli
@@ -107,6 +108,16 @@ def test_masks_of_recurrent_models(name):
     if name == "edm":
         expected = expected & np.tril(np.ones((3, 4), dtype=bool))
     np.testing.assert_array_equal(picture.masks[CROSS], expected)
+
+
+def test_models_of_other_packages_are_named():
+    tokenizer = train_tokenizer(["a b c"], "word")
+    config = T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, num_heads=2, num_layers=1, d_ff=9)
+    model = T5ForConditionalGeneration(config)
+    with pytest.raises(ValueError, match="this 't5' model does not name its layers and heads as others do"):
+        attention_map(model, tokenizer, "a b", "c")
+    with pytest.raises(ValueError, match="masks are read from models of Dragoman, and this is a 't5'"):
+        read_masks(model, tokenizer, ["a b"], ["c"])
 
 
 @pytest.fixture(scope="module")

@@ -84,6 +84,10 @@ def test_defaults_are_given_once(learned):
     assert translator("the dog", num_return_sequences=1)[0].keys() == {"translation_text", "score", "log_probability"}
 
 
+def test_a_row_may_leave_its_prefix_open(translator):
+    assert translator({"source": "the dog", "source_prefix": None}) == [{"translation_text": "il cane"}]
+
+
 def test_contrastive_search(translator):
     assert translator("the dog", penalty_alpha=0.6, top_k=4) == [{"translation_text": "il cane"}]
 

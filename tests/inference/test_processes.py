@@ -42,6 +42,11 @@ try:
     list(translate_stream(model, tokenizer, iter(cases[0][0]), processes=processes, batch_size=1))
 except (RuntimeError, ZeroDivisionError) as error:
     found.append(f"{type(error).__name__}: {error}")
+model.generate = decode
+try:
+    list(translate_stream(model, tokenizer, (1 / 0 for _ in range(1)), processes=processes))
+except (RuntimeError, ZeroDivisionError) as error:
+    found.append(f"{type(error).__name__}: {error}")
 json.dump(found, open(f"{sys.argv[2]}.{rank}", "w"))
 processes.destroy_process_group()
 """
@@ -69,6 +74,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"cases.json.{rank}").read_text()) for rank in range(2))
+    assert second.pop().startswith("RuntimeError: process 0 failed: ZeroDivisionError")  # while reading
+    assert first.pop().startswith("ZeroDivisionError")
     assert first[-1].startswith("RuntimeError: process 1 failed: ZeroDivisionError")
     assert second[-1].startswith("ZeroDivisionError")
     outputs = [found for found, _ in first[:-1]]

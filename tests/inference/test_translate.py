@@ -291,6 +291,9 @@ class TestStream:
     def test_arguments_are_checked_before_the_first_line(self, tiny):
         with pytest.raises(ValueError, match="there is no generation argument 'beams'"):
             translate_stream(*tiny, iter([]), beams=3)
+        for name in ("window", "batch_size", "max_tokens_per_batch"):
+            with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+                translate_stream(*tiny, iter([]), **{name: 0})
 
     def test_errors_count_lines_over_all_windows(self, tiny):
         stream = translate_stream(*tiny, [*SOURCES[:5], None], window=2)
@@ -343,7 +346,7 @@ class TestStrategies:
 
     def test_each_name_is_its_mode_whatever_was_saved(self, monkeypatch):
         model, tokenizer = learned_by_heart()
-        model.generation_config.update(num_beams=3, do_sample=True, top_k=7)
+        model.generation_config.update(num_beams=3, do_sample=True, top_k=7, penalty_alpha=0.6)
         modes = []
 
         def spied(name, loop):
@@ -467,6 +470,8 @@ class TestRefused:
         translate(model, tokenizer, SOURCES[:1], top_p=0.9)
         model.generation_config.do_sample, model.generation_config.penalty_alpha = False, 0.6
         translate(model, tokenizer, SOURCES[:1], top_k=3)
+        with pytest.raises(ValueError, match=r"`top_k`: .* this flag is only used in "):
+            translate(model, tokenizer, SOURCES[:1], top_k=3, penalty_alpha=0.0)
 
 
 def test_a_stock_model_works_too():

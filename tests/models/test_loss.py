@@ -111,6 +111,15 @@ def test_backward_twice_adds_up(batch):
     torch.testing.assert_close(head.weight.grad, 2 * once)
 
 
+def test_the_lean_loss_has_no_second_derivative(batch):
+    """Its gradients are numbers by then: better an error than a wrong one."""
+    head, states = nn.Linear(D, V), torch.randn(B, T, D, requires_grad=True)
+    value = next_token_loss_of_states(states, head, batch["labels"], V)
+    (gradient,) = torch.autograd.grad(value**2, states, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_half_precision_sums_in_single(rows_at_a_time):
     """Under autocast and with weights in bfloat16: as near to single precision as bfloat16's products allow."""
     torch.manual_seed(0)

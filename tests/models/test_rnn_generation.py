@@ -136,6 +136,21 @@ def test_a_users_cache_is_filled(batch):
     assert torch.equal(sequences, model.generate(**source(batch), max_new_tokens=4, eos_token_id=None))
 
 
+def test_a_users_cache_is_continued(batch):
+    """What it has read is not read again, and all its rows stay, however early a sentence ends."""
+    model = family("general").build()
+    prompt = torch.tensor([[BOS, 5, 7]] * B)
+    arguments = {**source(batch), "decoder_input_ids": prompt, "max_length": 9}
+    ends = [int(model.generate(**arguments, eos_token_id=None)[0, 4])]  # the first sentence, after two new tokens
+    cache = model(**source(batch), decoder_input_ids=prompt[:, :2], use_cache=True).past_key_values
+    # From this mask the host knows that the prompt holds what the cache has read.
+    told = {"past_key_values": cache, "decoder_attention_mask": torch.ones_like(prompt)}
+    sequences = model.generate(**arguments, **told, eos_token_id=ends)
+    assert torch.equal(sequences, model.generate(**arguments, eos_token_id=ends))
+    assert cache.states[0].shape[1] == B
+    assert cache.get_seq_length() == sequences.shape[1] - 1
+
+
 # ---------------------------------------------------------------- attention weights
 
 

@@ -163,6 +163,8 @@ def test_logits_to_keep(model, batch):
     last = model(input_ids=batch["input_ids"], decoder_input_ids=target, logits_to_keep=2).logits
     assert last.shape == (B, 2, V)
     torch.testing.assert_close(last, every[:, -2:], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="logits_to_keep leaves out logits that the loss of labels needs"):
+        model(**batch, logits_to_keep=2)
 
 
 def test_encoder_outputs_can_be_reused(model, batch):

@@ -121,6 +121,15 @@ def test_long_outputs_are_the_hosts(name, settings):
     )
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 4}, {"penalty_alpha": 0.6, "top_k": 4}], ids=str)
+def test_outputs_reach_the_last_learned_position(settings):
+    model = build(next(family for family in FAMILIES if family.name == "learned"))
+    arguments = {**source(), "max_length": model.config.max_position_embeddings, "eos_token_id": None, **settings}
+    ours = model.generate(**arguments)
+    assert ours.shape == (B, model.config.max_position_embeddings)
+    assert torch.equal(ours, by_the_host(pytest.MonkeyPatch.context, model, **arguments))
+
+
 @pytest.fixture
 def rows(monkeypatch):
     """The number of sources in every step."""

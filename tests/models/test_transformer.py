@@ -231,6 +231,17 @@ def test_a_cross_mask_cuts_the_source_off(batch):
     assert not torch.allclose(model(**batch).logits, model(**short).logits)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_cross_mask_of_one_row_holds_for_every_beam(batch, use_cache):
+    """A prompt of two tokens, and without a cache all tokens so far, have more rows than the mask."""
+    model = family("modern").build()
+    arguments = {"num_beams": 3, "use_cache": use_cache, "decoder_input_ids": torch.tensor([[BOS, 5]] * B)}
+    expected = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **arguments)
+    mask = batch["attention_mask"].bool()
+    masks = {"attention_mask": mask, "cross_attention_mask": mask[:, None, None]}
+    assert torch.equal(model.generate(batch["input_ids"], **masks, **arguments), expected)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_rows_that_see_nothing_stay_finite(any_transformer, batch, implementation):
     model = any_transformer.build()
@@ -454,6 +465,8 @@ def test_sentence_vectors(batch, tmp_path):
     for row in range(B):
         expected = states[row, batch["attention_mask"][row].bool()].mean(0)
         torch.testing.assert_close(outputs.pooler_output[row], expected, rtol=0, atol=1e-12)
+    continued = model(encoder_outputs=outputs, attention_mask=batch["attention_mask"], labels=batch["labels"])
+    assert_equal(continued.logits, model(**batch).logits)
 
 
 def test_sentence_vectors_have_a_vocabulary_of_their_own(batch, tmp_path):

@@ -151,7 +151,7 @@ class Translator:
         asked = given.get("penalty_alpha")
         sampling = given.get("do_sample", False if asked else defaults.do_sample)
         beams = given.get("num_beams", 1 if asked else defaults.num_beams) or 1
-        contrasting = asked or (defaults.penalty_alpha and not sampling and beams == 1)
+        contrasting = asked or (asked is None and defaults.penalty_alpha and not sampling and beams == 1)
         bounds = {
             "num_beams": self.limits.max_beams,
             "num_return_sequences": self.limits.max_beams,

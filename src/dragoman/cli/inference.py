@@ -275,6 +275,9 @@ def masks(
         list[str] | None, typer.Option(help="An output for each, in the same order.", show_default="they are decoded")
     ] = None,
     out: Annotated[Path, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = Path("masks.png"),
+    source_lang: SourceLang = None,
+    target_lang: TargetLang = None,
+    source_prefix: SourcePrefix = None,
     revision: Revision = None,
     device: Device = None,
 ) -> None:
@@ -284,6 +287,14 @@ def masks(
 
     check_format(out, DRAWN_FORMATS)
     quiet_bars()
-    for warning in save_masks(read_masks(*load(model, device, revision=revision), texts, target), out):
+    picture = read_masks(
+        *load(model, device, revision=revision),
+        texts,
+        target,
+        source_lang=source_lang,
+        target_lang=target_lang,
+        source_prefix=source_prefix,
+    )
+    for warning in save_masks(picture, out):
         print(f"dragoman masks: {warning}", file=sys.stderr)
     print(f"The masks are in {out}")

@@ -110,13 +110,21 @@ def evaluate_model(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "strategies": {},
     }
+    devices = [loaded.device] if loaded.device.type == "cuda" else []
     # The first call of anything is slower: keep that out of the first strategy's seconds.
     first = {name: values[:batch_size] for name, values in rows.items()}
-    translate(
-        loaded, processing_class, sources[:batch_size], **first, batch_size=batch_size, max_new_tokens=2, scores=False
-    )
+    with torch.random.fork_rng(devices=devices):
+        translate(
+            loaded,
+            processing_class,
+            sources[:batch_size],
+            **first,
+            batch_size=batch_size,
+            max_new_tokens=2,
+            scores=False,
+        )
     for name, arguments in table.items():
-        with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             start = time.perf_counter()
             outputs = translate(

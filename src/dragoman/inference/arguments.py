@@ -122,8 +122,8 @@ _NOT_NEGATIVE = (
 _RANGES: list[tuple[tuple[str, ...], str, Callable[[float], bool]]] = [
     (_POSITIVE, "greater than 0", lambda value: value > 0),
     (_NOT_NEGATIVE, "at least 0", lambda value: value >= 0),
-    (("top_p", "typical_p", "top_h", "penalty_alpha"), "greater than 0 and at most 1", lambda value: 0 < value <= 1),
-    (("min_p",), "at least 0 and at most 1", lambda value: 0 <= value <= 1),
+    (("top_p", "typical_p", "top_h"), "greater than 0 and at most 1", lambda value: 0 < value <= 1),
+    (("min_p", "penalty_alpha"), "at least 0 and at most 1", lambda value: 0 <= value <= 1),
     (("epsilon_cutoff", "eta_cutoff"), "at least 0 and less than 1", lambda value: 0 <= value < 1),
 ]
 
@@ -157,7 +157,7 @@ def check_combination(given: Mapping[str, Any], defaults: GenerationConfig | Non
         vars(config).update(mode)
     # As keywords or by update() they would be warned about first.
     vars(config).update({name: value for name, value in given.items() if name in vars(config) and value is not None})
-    if defaults is not None and (config.penalty_alpha or defaults.penalty_alpha):
+    if defaults is not None and (defaults.penalty_alpha if config.penalty_alpha is None else config.penalty_alpha):
         config.top_k = None  # which contrastive search has without sampling
     try:
         config.validate(strict=True)

@@ -292,9 +292,19 @@ def eager(model: PreTrainedModel) -> Iterator[None]:
 
 
 def sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Number of layers and heads of each kind of attention that the model has."""
+    """Number of layers and heads of each kind of attention that the model has.
+
+    Raises:
+        ValueError: a model of another package whose configuration has other names for them, such as T5.
+    """
     settings = model.config.to_dict()
     if settings["model_type"] != "dragoman_rnn":
+        names = [f"{side}_{what}" for side in ("encoder", "decoder") for what in ("layers", "attention_heads")]
+        if not settings.keys() >= set(names):
+            raise ValueError(
+                f"the configuration of this {settings['model_type']!r} model does not name its layers and heads as "
+                "others do: `dragoman convert` makes a model of Dragoman of it."
+            )
         of_decoder = (settings["decoder_layers"], settings["decoder_attention_heads"])
         return {
             "cross": of_decoder,

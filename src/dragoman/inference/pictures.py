@@ -252,20 +252,35 @@ SELF, CAUSAL, CROSS = "encoder: source to source", "decoder: output to output", 
 
 @torch.no_grad()
 def read_masks(
-    model: PreTrainedModel, processing_class: ProcessingClass, sources: Sequence[str], targets: Sequence[str] | None
+    model: PreTrainedModel,
+    processing_class: ProcessingClass,
+    sources: Sequence[str],
+    targets: Sequence[str] | None,
+    *,
+    source_lang: str | None = None,
+    target_lang: str | None = None,
+    source_prefix: str | None = None,
 ) -> MaskPicture:
     """Run a batch of sentence pairs and keep the masks that arrive at the first layers.
 
     Args:
         targets: as many as sources; None decodes them.
+        source_lang, target_lang, source_prefix: as in `translate`, for every pair.
 
     Raises:
-        ValueError: an empty text, or other numbers of sources and targets.
+        ValueError: an empty text, other numbers of sources and targets, a model of another package, or what `translate`
+            refuses of the languages.
     """
+    if model.config.model_type not in ("dragoman", "dragoman_rnn"):
+        raise ValueError(
+            f"masks are read from models of Dragoman, and this is a {model.config.model_type!r}: `dragoman convert` "
+            "makes one of it."
+        )
     if targets is not None and len(targets) != len(sources):
         raise ValueError(f"{len(sources)} sources need as many targets, not {len(targets)}: one --target for each.")
+    settings = {"source_lang": source_lang, "target_lang": target_lang, "source_prefix": source_prefix}
     pairs = [
-        encode_pair(model, processing_class, source, None if targets is None else targets[number])
+        encode_pair(model, processing_class, source, None if targets is None else targets[number], **settings)
         for number, source in enumerate(sources)
     ]
     source_tokenizer, target_tokenizer = source_and_target_tokenizer(processing_class)

@@ -51,9 +51,12 @@ def map_in_processes(
     end, for the others wait for it.
 
     Raises:
-        ValueError: as `map_in_batches`; what reading raised in the main process.
-        RuntimeError: what the function raised in another process. An error in one process ends all of them.
+        ValueError: as `map_in_batches`.
+        RuntimeError: what the function raised in another process, or reading in the main one; but ValueError and
+            OSError of reading, mistakes in the inputs, are the same everywhere. An error in one process ends all.
     """
+    if window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1")
     stream = iter(items)
     while chunk := _read_by_main(lambda: list(islice(stream, window)), processes):
         batches = length_sorted_batches([length(item) for item in chunk], batch_size=batch_size, max_tokens=max_tokens)
@@ -79,12 +82,17 @@ def map_in_processes(
 def _read_by_main(read: Callable[[], list[Any]], processes: PartialState) -> list[Any]:
     """What the main process reads, in all processes; or what its reading raised."""
     message: list[Any] = [None]
+    failure: Exception | None = None
     if processes.is_main_process:
         try:
             message = [read()]
-        except (ValueError, OSError) as error:  # mistakes in the inputs
-            message = [error]
+        except (ValueError, OSError) as error:
+            message, failure = [error], error
+        except Exception as error:  # which others could not be sure to unpickle
+            message, failure = [RuntimeError(f"process 0 failed: {error!r}")], error
     (found,) = broadcast_object_list(message)
+    if failure is not None:
+        raise failure
     if isinstance(found, Exception):
         raise found
     return found

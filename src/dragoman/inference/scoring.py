@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO, cast
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -15,7 +14,7 @@ from dragoman.data.collators import IGNORED_LABEL, Seq2SeqCollator, encode_pairs
 from dragoman.data.languages import saved_prefix
 from dragoman.data.reading import with_settings
 from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
-from dragoman.inference.translate import LOGITS_AT_ONCE, evaluating
+from dragoman.inference.translate import LOGITS_AT_ONCE, label_log_probabilities
 
 
 @dataclass
@@ -113,15 +112,8 @@ def write_jsonl(pairs: Dataset, scores: Iterable[TargetScore], file: TextIO) -> 
         print(json.dumps({**pair, **asdict(one)}, ensure_ascii=False), file=file)
 
 
-@torch.no_grad()
 def _token_log_probabilities(model: Any, batch: Any) -> list[list[float]]:
     """A batch of the collator -> the log-probability of each label that is not padding."""
     batch = {name: values.to(model.device) for name, values in batch.items()}
-    labels = batch.pop("labels")  # (B,T); without them the model computes no loss, and keeps to its decoder inputs
-    with evaluating(model):
-        logits = model(**batch, use_cache=False).logits  # (B,T,V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
-    )
-    return [(-row[kept]).tolist() for row, kept in zip(losses, labels != IGNORED_LABEL, strict=True)]
+    found = label_log_probabilities(model, **batch)
+    return [row[kept].tolist() for row, kept in zip(found, batch["labels"] != IGNORED_LABEL, strict=True)]

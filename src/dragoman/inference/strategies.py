@@ -11,7 +11,7 @@ from dragoman.settings import did_you_mean
 
 # Each sets what tells the modes apart, so that a setting saved with the model does not turn one into another.
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "greedy": {"num_beams": 1, "do_sample": False},
+    "greedy": {"num_beams": 1, "do_sample": False, "penalty_alpha": 0.0},
     "beam": {"num_beams": 4, "num_beam_groups": 1, "do_sample": False},
     "sampling": {"num_beams": 1, "do_sample": True, "top_k": 0, "top_p": 0.9},
     "contrastive": {"num_beams": 1, "do_sample": False, "penalty_alpha": 0.6, "top_k": 4},

@@ -138,6 +138,10 @@ def translate_stream(
     The other arguments, what is yielded and what is raised are those of `translate`; arguments are checked at once, the
     sentences as they come.
     """
+    limits = {"window": window, "batch_size": batch_size, "max_tokens_per_batch": max_tokens_per_batch}
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} is {limit}; it must be at least 1")
     check_generation_arguments(model, generation_arguments, num_return_sequences)
     first_tokens = _first_tokens(model, processing_class, sentences, target_lang, generation_arguments)
     encoded = _encode(model, processing_class, sentences, window, source_lang, source_prefix)
@@ -166,7 +170,10 @@ def translate_stream(
     def decode(batch: list[tuple[list[int], int | None]]) -> list[list[Hypothesis]]:
         sources = [ids for ids, _ in batch]
         starts = [token for ids, token in batch if ids and token is not None]
-        arguments = {**generation_arguments, **(language_arguments(argument, starts) if argument and starts else {})}
+        arguments = generation_arguments
+        if argument and starts:
+            processors = arguments.get("logits_processor")
+            arguments = {**arguments, **language_arguments(argument, starts, processors)}
         full = [ids for ids in sources if ids]
         found = iter(_decode_batch(*tools, full, num_return_sequences, arguments) if full else [])
         outputs = [next(found) if ids else [Hypothesis("", []) for _ in range(num_return_sequences)] for ids in sources]
@@ -177,13 +184,13 @@ def translate_stream(
 
     def run() -> Iterator[list[Hypothesis]]:
         rows = zip(encoded, first_tokens, strict=False)  # one token for all of a stream has no end
-        limits = {"batch_size": None if max_tokens_per_batch else batch_size, "max_tokens": max_tokens_per_batch}
+        size = {"batch_size": None if max_tokens_per_batch else batch_size, "max_tokens": max_tokens_per_batch}
         with bar:
             if processes is None:
-                yield from map_in_batches(rows, decode, length=lambda row: len(row[0]), window=window, **limits)
+                yield from map_in_batches(rows, decode, length=lambda row: len(row[0]), window=window, **size)
             else:
                 yield from map_in_processes(
-                    rows, decode, processes, length=lambda row: len(row[0]), window=window, **limits
+                    rows, decode, processes, length=lambda row: len(row[0]), window=window, **size
                 )
 
     return run()
@@ -453,17 +460,24 @@ def _score_batch(
         ).to(model.device)
         # What generate() began with, which need not be what training begins with: a language code, an argument
         starts = torch.tensor([[hypothesis.start_id] for _, hypothesis in part], device=model.device)
-        with evaluating(model):
-            logits = model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                decoder_input_ids=torch.cat([starts, labels[:, :-1].clamp_min(0)], dim=1),
-                use_cache=False,
-            ).logits
-        losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-        for (_, hypothesis), loss in zip(part, losses.sum(dim=1).tolist(), strict=True):
-            hypothesis.log_probability = -loss
-            hypothesis.score = -loss / len(hypothesis.token_ids) ** length_penalty
+        decoder_input_ids = torch.cat([starts, labels[:, :-1].clamp_min(0)], dim=1)
+        found = label_log_probabilities(model, labels, **batch, decoder_input_ids=decoder_input_ids)
+        for (_, hypothesis), total in zip(part, found.sum(dim=1).tolist(), strict=True):
+            hypothesis.log_probability = total
+            hypothesis.score = total / len(hypothesis.token_ids) ** length_penalty
+
+
+@torch.no_grad()
+def label_log_probabilities(model: Any, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    """Of each label (B, T) the log-probability (B, T) by one teacher-forced pass without dropout; 0 where it is -100.
+
+    Args:
+        inputs: of `forward`, the decoder's among them.
+    """
+    with evaluating(model):
+        logits = model(**inputs, use_cache=False).logits  # (B, T, V); without labels the model computes no loss
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
 
 @contextmanager

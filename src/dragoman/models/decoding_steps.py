@@ -216,7 +216,9 @@ class TransformerSteps(ForwardSteps):
         before, self.nodes = self.nodes, self.nodes + R
         self.places = nn.functional.pad(self.places, (0, R), value=self.place)
         embeds = decoder.embed_tokens(tokens)
-        x, angles = decoder.enter(embeds, decoder.positions(embeds, self.position, None, None, self.place))
+        # Of one row alone: all R rows stand at the same place, one after the places so far.
+        positions = decoder.positions(embeds[:, :1], self.position, None, None, self.place)
+        x, angles = decoder.enter(embeds, positions)
         mask = self._self_mask(embeds.dtype)
 
         for lean, keys, values, cross in zip(self.layers, self.keys, self.values, self.cross, strict=True):

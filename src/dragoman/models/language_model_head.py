@@ -73,7 +73,8 @@ class LanguageModelHead(TokenTables):
         Args:
             labels (B, T): the target without the start token, -100 where nothing is to be predicted. Where no decoder
                 input is given, the labels shifted right become it.
-            logits_to_keep: compute logits for the last so many positions only, or for these; 0 means all.
+            logits_to_keep: compute logits for the last so many positions only, or for these; 0 means all. Not with
+                `labels`, whose loss takes all of them.
             num_items_in_batch: number of labels of the whole optimizer step, by which the summed loss is divided.
             output_logits: whether to return logits beside the loss. Where it is not given, they are left out only in
                 training mode with `labels` and `num_items_in_batch`: as a Trainer calls when it optimizes. The loss
@@ -81,8 +82,13 @@ class LanguageModelHead(TokenTables):
 
         Returns:
             `logits` (B, T, V) or None, `loss` if labels are given (label smoothing in training mode), and the rest.
+
+        Raises:
+            ValueError: `logits_to_keep` beside `labels`.
         """
         if labels is not None:
+            if not isinstance(logits_to_keep, int) or logits_to_keep:
+                raise ValueError("logits_to_keep leaves out logits that the loss of labels needs: give one of the two.")
             use_cache = False if use_cache is None else use_cache
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)

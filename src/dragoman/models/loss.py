@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .fast_linear import is_plain, linear
@@ -158,6 +159,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, total_grad):
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *(None if one is None else (one * total_grad).to(dtype) for one, dtype in gradients), None, None

@@ -67,6 +67,7 @@ def cross_mask(
     if cross_attention_mask is not None:
         finished = _additive(config, cross_attention_mask, embeds.dtype)
         if finished.shape[0] != sources:
+            finished = finished.expand(-1, -1, length, -1)
             finished = finished.unflatten(0, (sources, -1)).transpose(1, 2).flatten(2, 3)
         elif finished.shape[2] != 1:
             finished = finished.repeat(1, 1, folded.shape[1] // length, 1)

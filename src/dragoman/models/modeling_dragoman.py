@@ -478,7 +478,7 @@ class DragomanModel(TokenTables, DragomanPreTrainedModel):
                 segment_ids=segment_ids,
                 **kwargs,
             )
-        elif not isinstance(encoder_outputs, BaseModelOutput):
+        elif isinstance(encoder_outputs, (tuple, list)):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
         decoder_outputs = self.decoder(
             decoder_input_ids,

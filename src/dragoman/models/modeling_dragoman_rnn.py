@@ -484,7 +484,10 @@ class DragomanRnnForConditionalGeneration(LanguageModelHead, DragomanRnnPreTrain
                 f"cache_implementation={generation_config.cache_implementation!r} means nothing to a recurrent model: "
                 "its cache has one size, so leave it out."
             )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            cache._is_user_defined = True  # as the host marks the caller's caches, which only its own loops continue
+        elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = DragomanRecurrentCache()
 
     def target_arguments(self, decoder_inputs: torch.Tensor | None, kwargs: dict) -> dict:

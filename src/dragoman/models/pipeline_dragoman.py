@@ -47,18 +47,21 @@ def language_ids(tokenizer, side: str) -> dict[str, int]:
     return {code: tokenizer.convert_tokens_to_ids(f"<{code}>") for code in codes}
 
 
-def language_arguments(argument: str, token_ids: Sequence[int]) -> dict[str, Any]:
+def language_arguments(
+    argument: str, token_ids: Sequence[int], processors: Sequence[LogitsProcessor] | None = None
+) -> dict[str, Any]:
     """
     What `generate()` has to be told for rows that begin with these tokens, (B,).
 
     Args:
         argument: `forced_bos_token_id` or, for mBART, `decoder_start_token_id`.
+        processors: the `logits_processor` that it is to be told anyway.
     """
     if len(set(token_ids)) == 1:
         return {argument: token_ids[0]}
     if argument == "decoder_start_token_id":
         return {argument: list(token_ids)}
-    return {"logits_processor": LogitsProcessorList([ForcedFirstTokens(token_ids)])}
+    return {"logits_processor": LogitsProcessorList([*(processors or ()), ForcedFirstTokens(token_ids)])}
 
 
 class ForcedFirstTokens(LogitsProcessor):
@@ -195,7 +198,9 @@ class Seq2SeqGenerationPipeline(Pipeline):
                 f"this tokenizer has no {TURN_SEPARATOR}, which stands between the turns of a dialogue: the model was "
                 "not trained with earlier turns."
             )
-        prefix = row.get("source_prefix", self.tokenizer.init_kwargs.get("source_prefix", ""))
+        prefix = row.get("source_prefix")
+        if prefix is None:
+            prefix = self.tokenizer.init_kwargs.get("source_prefix", "")
         input_ids = self._encode(prefix + join_turns(turns), self._language("source", row.get("source_lang")))
         target = self._language("target", row.get("target_lang"))
         first_token = -1 if target is None else self.language_ids["target"][target]
@@ -225,9 +230,10 @@ class Seq2SeqGenerationPipeline(Pipeline):
             return self.tokenizer(text).input_ids
         if "source_languages" not in self.tokenizer.init_kwargs:
             before, self.tokenizer.src_lang = self.tokenizer.src_lang, language
-            input_ids = self.tokenizer(text).input_ids
-            self.tokenizer.src_lang = before
-            return input_ids
+            try:
+                return self.tokenizer(text).input_ids
+            finally:
+                self.tokenizer.src_lang = before
         # Where languages are the only special tokens, their spellings in a text are text.
         languages = {f"<{code}>" for codes in self.language_ids.values() for code in codes}
         only_languages = set(self.tokenizer.extra_special_tokens) <= languages
@@ -241,7 +247,9 @@ class Seq2SeqGenerationPipeline(Pipeline):
                 raise ValueError("some inputs of a batch have a target_lang: give one to the others, too.")
             is_mbart = type(self.target_tokenizer).__name__ == "MBartTokenizer"
             argument = "decoder_start_token_id" if is_mbart else "forced_bos_token_id"
-            generate_kwargs = {**language_arguments(argument, first_tokens), **generate_kwargs}
+            if generate_kwargs.get(argument) is None:
+                processors = generate_kwargs.get("logits_processor")
+                generate_kwargs |= language_arguments(argument, first_tokens, processors)
         settings = self._prepare_generate_kwargs(generate_kwargs, return_dict_in_generate=False)
         sequences = self.model.generate(**model_inputs, **settings)  # (B * n, 1 + T), the start token first
         outputs = {"sequences": sequences.view(len(is_empty), -1, sequences.shape[1]), "is_empty": is_empty}

@@ -319,10 +319,9 @@ class LanguagesTrainer(BatchingTrainer):
     ) -> Any:
         if self.argument is not None and self.args.predict_with_generate and not prediction_loss_only:
             begins = inputs["decoder_input_ids" if self.argument == "decoder_start_token_id" else "labels"]
-            gen_kwargs = {
-                **(gen_kwargs or self._gen_kwargs),
-                **language_arguments(self.argument, begins[:, 0].tolist()),
-            }
+            gen_kwargs = {**(gen_kwargs or self._gen_kwargs)}
+            processors = gen_kwargs.get("logits_processor")
+            gen_kwargs |= language_arguments(self.argument, begins[:, 0].tolist(), processors)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
 
 
