@@ -1,6 +1,8 @@
 """`export` and `dragoman export`: what is written, and what is refused in one sentence."""
 
 import importlib
+import json
+import shutil
 
 import pytest
 import torch
@@ -36,6 +38,25 @@ def test_the_command(saved, tmp_path):
     again = command(saved / "modern", out, "--format", "ctranslate2")
     assert again.exit_code == 2
     assert again.stderr == f"dragoman export: {out} is not empty: choose a new folder\n"
+
+
+def test_settings_that_stay_behind_are_named(saved, tmp_path, caplog):
+    pytest.importorskip("ctranslate2")
+    model = shutil.copytree(saved / "modern", tmp_path / "model")
+    file = model / "generation_config.json"
+    settings = json.loads(file.read_text())
+    changes = {"num_beams": 3, "length_penalty": 0.0, "forced_bos_token_id": 0, "top_p": 0.9, "eos_token_id": 5}
+    file.write_text(json.dumps({**settings, **changes}))
+    caplog.set_level("WARNING", "dragoman")
+    out = export(model, tmp_path / "out", format="ctranslate2")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("dragoman")] == [
+        f"{out} does not decode with all that the model was saved with: it does not hold num_beams=3, "
+        "length_penalty=0.0, forced_bos_token_id=0."
+    ]
+    assert json.loads((out / "config.json").read_text())["eos_token"] == "b"
+    file.write_text(json.dumps({**settings, "eos_token_id": [2, 5]}))
+    with pytest.raises(ValueError, match=r"CTranslate2 cannot express eos_token_id=\[2, 5\]"):
+        export(model, tmp_path / "second", format="ctranslate2")
 
 
 @pytest.mark.parametrize(

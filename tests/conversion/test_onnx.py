@@ -19,6 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [export
 from dragoman.conversion import onnx_rnn  # noqa: E402
 from dragoman.conversion.onnx import export_graph, inexpressible, settings_of, write  # noqa: E402
 from dragoman.conversion.onnx_generate import OnnxModel  # noqa: E402
+from dragoman.conversion.saved_settings import saved_settings  # noqa: E402
 
 
 # An export takes seconds. In one model: grouped queries, norms of theirs, rotary positions, biases, two vocabularies.
@@ -48,7 +49,7 @@ def both(request, tmp_path_factory):
     """A model in PyTorch, and its export."""
     model = ending(family(request.param), **KINDS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
-    write(folder, model, None, "float32")
+    assert write(folder, model, None, "float32") == {}
     return model, OnnxModel(folder, threads=1), folder
 
 
@@ -73,6 +74,37 @@ def test_the_same_tokens(both, settings, rows):
     batch = make_batch(rows=rows)
     expected = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
     assert exported.generate(**arrays(batch), **settings).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_sources_padded_on_the_left(both, num_beams):
+    model, exported, _ = both
+    batch = make_batch(rows=5, padding_side="left")
+    expected = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=num_beams)
+    assert exported.generate(**arrays(batch), num_beams=num_beams).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"num_beams": 3, "length_penalty": 0.2, "early_stopping": True},
+        {"forced_bos_token_id": 7},
+        {"forced_bos_token_id": 7, "num_beams": 3},
+        {"num_beams": 3, "max_length": 6, "forced_eos_token_id": EOS},
+        {"num_beams": 2, "suppress_tokens": [8, 9], "bad_words_ids": [[10], [EOS]], "renormalize_logits": True},
+    ],
+    ids=lambda saved: "-".join(saved),
+)
+def test_settings_saved_with_the_model_are_the_defaults(both, saved, monkeypatch):
+    model, exported, _ = both
+    batch = make_batch(rows=5)
+    config = copy.deepcopy(model.generation_config)
+    vars(config).update(saved)
+    monkeypatch.setattr(model, "generation_config", config)
+    monkeypatch.setattr(exported, "settings", settings_of(model))
+    expected = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert exported.generate(**arrays(batch)).tolist() == expected.tolist()
+    assert saved_settings(model).keys() == saved.keys() - {"max_length"}
 
 
 def test_a_prompt_is_continued(both):

@@ -1,5 +1,6 @@
 """A Transformer as a CTranslate2 model: the same weights under other names, quantized if wanted."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from ctranslate2.specs.attention_spec import RotaryScalingType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dragoman.conversion.saved_settings import saved_settings, special_ids
 from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
 from dragoman.models.configuration_dragoman import SIDES, DragomanConfig
 from dragoman.models.modeling_dragoman import DragomanForConditionalGeneration
@@ -34,7 +36,7 @@ ACTIVATIONS = {
 
 def write(
     folder: Path, model: DragomanForConditionalGeneration, processing_class: ProcessingClass, quantization: str
-) -> None:
+) -> dict[str, Any]:
     """
     Writes `model.bin`, `config.json` and the vocabularies, which `ctranslate2.Translator` reads.
 
@@ -42,12 +44,15 @@ def write(
         folder: exists and is empty.
         quantization: one of `QUANTIZATIONS`.
 
+    Returns:
+        the settings of decoding that the model was saved with, none of which these files can hold.
+
     Raises:
         ValueError: CTranslate2 cannot express some of the options, all of them named; or the tokenizer has more ids
             than the model.
     """
-    config = model.config
-    problems = inexpressible(config)
+    config, ids = model.config, special_ids(model)
+    problems = inexpressible(config, ids["eos_token_id"])
     if problems:
         raise ValueError(f"CTranslate2 cannot express {', '.join(problems)}.")
     spec = specification(model)
@@ -55,9 +60,7 @@ def write(
     tokens = vocabulary(target, config.vocab_size)
     spec.register_source_vocabulary(vocabulary(source, config.source_vocab_size or config.vocab_size))
     spec.register_target_vocabulary(tokens)
-    start, end = model.generation_config.decoder_start_token_id, config.eos_token_id
-    start = config.decoder_start_token_id if start is None else start
-    end = end[0] if isinstance(end, list) else end
+    start, (end,) = ids["decoder_start_token_id"], ids["eos_token_id"] or [None]
     names = {"bos_token": config.bos_token_id, "eos_token": end, "unk_token": target.unk_token_id}
     for name, number in names.items():
         if number is not None:
@@ -67,19 +70,24 @@ def write(
     spec.validate()
     spec.optimize(quantization)
     spec.save(str(folder))
+    return saved_settings(model)
 
 
-def inexpressible(config: DragomanConfig) -> list[str]:
-    """The options that CTranslate2 has no counterpart for, as `name=value`. Its norms of queries and keys differ."""
+def inexpressible(config: DragomanConfig, ends: Sequence[int] = ()) -> list[str]:
+    """The options that CTranslate2 has no counterpart for, as `name=value`. Its norms of queries and keys differ.
+
+    Args:
+        ends: the ids with which an output ends, of which it knows one.
+    """
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     checks = {
         "activation_function": config.activation_function not in ACTIVATIONS,
         "attention_direction": config.attention_direction != "bidirectional",
         "rope_parameters": config.position_embedding_type == "rotary" and rope not in ("default", "linear"),
-        "eos_token_id": isinstance(config.eos_token_id, list) and len(config.eos_token_id) != 1,
         "qk_norm": config.qk_norm,
     }
-    return [f"{name}={getattr(config, name)!r}" for name, wrong in checks.items() if wrong]
+    problems = [f"{name}={getattr(config, name)!r}" for name, wrong in checks.items() if wrong]
+    return [*problems, f"eos_token_id={ends!r}"] if len(ends) > 1 else problems
 
 
 def specification(model: DragomanForConditionalGeneration) -> Any:

@@ -1,11 +1,14 @@
 """A trained model for other runtimes: CTranslate2, and ONNX."""
 
+import logging
 from importlib import import_module
 from pathlib import Path
 
 from dragoman.files import check_new_folder, new_folder
 from dragoman.inference.loading import load
 
+
+logger = logging.getLogger(__name__)
 
 # What each one needs is imported when it is asked for, its own module last.
 FORMATS = {
@@ -23,7 +26,8 @@ def export(
     revision: str | None = None,
 ) -> Path:
     """
-    Writes a model for another runtime, with its tokenizer beside it.
+    Writes a model for another runtime, with its tokenizer beside it. What it was saved with for decoding and the
+    runtime does not hold is named in a warning.
 
     Args:
         model: folder of a saved model, or its name on the Hub.
@@ -58,6 +62,9 @@ def export(
             f"{model} is of type {loaded.config.model_type!r}, but {format} takes only {' or '.join(families)}."
         )
     with new_folder(output) as partial:
-        runtime.write(partial, loaded, processing_class, quantization or "float32")
+        left_behind = runtime.write(partial, loaded, processing_class, quantization or "float32")
         processing_class.save_pretrained(partial)
+    if left_behind:
+        named = ", ".join(f"{name}={value!r}" for name, value in left_behind.items())
+        logger.warning(f"{output} does not decode with all that the model was saved with: it does not hold {named}.")
     return output

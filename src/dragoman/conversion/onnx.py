@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from dragoman.conversion import onnx_generate, onnx_rnn
+from dragoman.conversion.saved_settings import saved_settings, special_ids
 from dragoman.data.tokenizers import ProcessingClass
 from dragoman.models.configuration_dragoman import DragomanConfig
 from dragoman.models.configuration_dragoman_rnn import DragomanRnnConfig
@@ -34,15 +35,18 @@ from dragoman.models.modeling_dragoman import DragomanForConditionalGeneration
 QUANTIZATIONS = ("float32",)
 
 
-def write(folder: Path, model: Any, processing_class: ProcessingClass, quantization: str) -> None:
+def write(folder: Path, model: Any, processing_class: ProcessingClass, quantization: str) -> dict[str, Any]:
     """
-    Writes the graphs, `settings.json` with the special ids, and `onnx_generate.py`, which needs onnxruntime and numpy
-    alone.
+    Writes the graphs, `settings.json` with the special ids and the settings of decoding, and `onnx_generate.py`, which
+    needs onnxruntime and numpy alone.
 
     Args:
         folder: exists and is empty.
         model: with its head, of either family; `conversion/onnx_rnn.py` describes the graphs of the recurrent one.
         quantization: `float32`.
+
+    Returns:
+        the settings of decoding that the model was saved with and `onnx_generate.py` does not know.
 
     Raises:
         ValueError: rotary positions that are scaled by the length of the input.
@@ -53,8 +57,10 @@ def write(folder: Path, model: Any, processing_class: ProcessingClass, quantizat
     of_family = graphs if isinstance(model, DragomanForConditionalGeneration) else onnx_rnn.graphs
     for name, (module, inputs, outputs) in of_family(model).items():
         export_graph(folder / f"{name}.onnx", module, inputs, outputs)
-    (folder / "settings.json").write_text(json.dumps(settings_of(model), indent=2) + "\n", encoding="utf-8")
+    settings = settings_of(model)
+    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     shutil.copy(onnx_generate.__file__, folder / "onnx_generate.py")
+    return {name: value for name, value in saved_settings(model).items() if name not in settings}
 
 
 def graphs(model: DragomanForConditionalGeneration) -> dict[str, tuple[nn.Module, dict[str, Any], list[str]]]:
@@ -127,16 +133,23 @@ def export_graph(path: Path, module: nn.Module, inputs: dict[str, Any], outputs:
 def settings_of(model: Any) -> dict[str, Any]:
     """What decoding needs to know, as `model.generate()` has it."""
     saved, config = model.generation_config, model.config
-    start = config.decoder_start_token_id if saved.decoder_start_token_id is None else saved.decoder_start_token_id
-    end = config.eos_token_id if saved.eos_token_id is None else saved.eos_token_id
     recurrent = isinstance(config, DragomanRnnConfig)
     longest = config.max_target_length if recurrent else config.max_position_embeddings
-    return {
-        "decoder_start_token_id": start,
-        "eos_token_id": [] if end is None else end if isinstance(end, list) else [end],
-        "pad_token_id": config.pad_token_id if saved.pad_token_id is None else saved.pad_token_id,
+    settings = {
+        **special_ids(model),
         "max_new_tokens": saved.max_new_tokens or (saved.max_length or longest) - 1,
+        "num_beams": saved.num_beams or 1,
+        "length_penalty": 1.0 if saved.length_penalty is None else saved.length_penalty,
+        "early_stopping": saved.early_stopping or False,
+        "forced_bos_token_id": saved.forced_bos_token_id,
+        "forced_eos_token_id": saved.forced_eos_token_id,
+        "suppress_tokens": saved.suppress_tokens or [],
+        "renormalize_logits": saved.renormalize_logits or False,
     }
+    bad = saved.bad_words_ids or []
+    if bad and all(len(ids) == 1 for ids in bad):  # as those of Marian: [[pad]]
+        settings["bad_words_ids"] = bad
+    return settings
 
 
 class Encoder(nn.Module):
@@ -181,7 +194,8 @@ class Decoder(nn.Module):
         x, angles = stack.enter(stack.embed_tokens(ids), positions[None])
         source_bias = hide_padding(attention_mask, x)  # (B, 1, 1, S)
         if self.model.config.attention_direction == "unidirectional":
-            ahead = torch.arange(attention_mask.shape[1]) > positions[:, None]
+            # Counted over real tokens, so that padding on the left changes nothing: (B, 1, T, S)
+            ahead = (attention_mask.cumsum(dim=1) - 1)[:, None, None] > positions[:, None]
             source_bias = source_bias + torch.zeros_like(ahead, dtype=x.dtype).masked_fill(ahead, lowest(x))
         keys, values = [], []
         for number, layer in enumerate(stack.layers):

@@ -41,21 +41,20 @@ class OnnxModel:
         attention_mask: Any = None,
         *,
         decoder_input_ids: Any = None,
-        num_beams: int = 1,
+        num_beams: int | None = None,
         num_return_sequences: int = 1,
         max_new_tokens: int | None = None,
-        length_penalty: float = 1.0,
-        early_stopping: bool | str = False,
+        length_penalty: float | None = None,
+        early_stopping: bool | str | None = None,
     ) -> np.ndarray:
         """
-        What `model.generate` of Transformers gives for the same arguments.
+        What `model.generate` of Transformers gives for the same arguments; what is left out is as the model was saved.
 
         Args:
             input_ids, attention_mask (B, S): the sources, 0 in the mask for padding; no mask if there is none.
             decoder_input_ids (B, P): what the outputs begin with, instead of the model's start token.
             num_beams: 1 is greedy search.
             num_return_sequences: of each source, the best first.
-            max_new_tokens: None takes the length saved with the model.
 
         Returns:
             ids (B * num_return_sequences, t), with the start token, padded at the end.
@@ -63,6 +62,10 @@ class OnnxModel:
         Raises:
             ValueError: more sequences than beams.
         """
+        given = {"num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": early_stopping}
+        given |= {"max_new_tokens": max_new_tokens}
+        settings = {**self.settings, **{name: value for name, value in given.items() if value is not None}}
+        num_beams = settings["num_beams"]
         if num_return_sequences > num_beams:
             raise ValueError(f"num_return_sequences={num_return_sequences} needs as many num_beams, got {num_beams}.")
         ids = np.asarray(input_ids, dtype=np.int64)
@@ -93,12 +96,21 @@ class OnnxModel:
         else:
             for token in prompt.T:
                 logits = follow(token[:, None], np.zeros((len(ids), 1), dtype=np.int64))[:, 0]
-        limit = self.settings["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         if num_beams == 1:
-            return self._greedy(prompt, logits, follow, limit)
-        return self._beams(
-            prompt, logits[:, None], follow, limit, num_beams, num_return_sequences, length_penalty, early_stopping
-        )
+            return self._greedy(prompt, logits, follow, settings)
+        return self._beams(prompt, logits[:, None], follow, settings, num_return_sequences)
+
+    @staticmethod
+    def _adjust(scores: np.ndarray, at_start: bool, at_end: bool, settings: dict[str, Any]) -> np.ndarray:
+        """Scores (..., V) of a token, the first one or the last one there is room for -> what the settings allow"""
+        forced = settings["forced_bos_token_id"] if at_start else settings["forced_eos_token_id"] if at_end else None
+        bad = [token for (token,) in settings.get("bad_words_ids", []) if token not in settings["eos_token_id"]]
+        scores = scores.copy()
+        scores[..., settings["suppress_tokens"] + bad] = -np.inf
+        if forced is not None:
+            scores[...] = -np.inf
+            scores[..., forced] = 0
+        return log_softmax(scores) if settings["renormalize_logits"] else scores
 
     def run(self, graph: str, **values: np.ndarray) -> dict[str, np.ndarray]:
         """The outputs of a graph by name; of the values it takes what it knows."""
@@ -107,11 +119,11 @@ class OnnxModel:
         outputs = [one.name for one in session.get_outputs()]
         return dict(zip(outputs, session.run(outputs, inputs), strict=True))
 
-    def _greedy(self, ids, logits, follow, limit: int) -> np.ndarray:
-        ends, pad = self.settings["eos_token_id"], self.settings["pad_token_id"]
+    def _greedy(self, ids, logits, follow, settings: dict[str, Any]) -> np.ndarray:
+        ends, pad = settings["eos_token_id"], settings["pad_token_id"]
         unfinished = np.ones(len(ids), dtype=bool)
-        for left in reversed(range(limit)):
-            tokens = logits.argmax(axis=-1)
+        for left in reversed(range(settings["max_new_tokens"])):
+            tokens = self._adjust(logits, ids.shape[1] == 1, left == 0, settings).argmax(axis=-1)
             tokens = np.where(unfinished, tokens, pad) if ends else tokens
             ids = np.concatenate((ids, tokens[:, None]), axis=1)
             unfinished = unfinished & ~np.isin(tokens, ends)
@@ -120,9 +132,10 @@ class OnnxModel:
             logits = follow(tokens[:, None], np.zeros((len(ids), 1), dtype=np.int64))[:, 0]
         return ids
 
-    def _beams(self, prompt, logits, follow, limit: int, n: int, returned: int, length_penalty: float, early_stopping):
+    def _beams(self, prompt, logits, follow, settings: dict[str, Any], returned: int) -> np.ndarray:
         """As in the host library: scores are sums of log-probabilities / new tokens ** length_penalty."""
-        ends, pad = self.settings["eos_token_id"], self.settings["pad_token_id"]
+        n, limit, length_penalty = settings["num_beams"], settings["max_new_tokens"], settings["length_penalty"]
+        ends, pad = settings["eos_token_id"], settings["pad_token_id"]
         fill = (pad or ends[0]) if ends else -1
         running = sequences = np.repeat(prompt[:, None], n, axis=1)  # (B, n, t)
         best = np.full(running.shape[:2], -np.inf, dtype=np.float32)
@@ -130,7 +143,8 @@ class OnnxModel:
         scores = np.zeros((len(prompt), 1), dtype=np.float32)  # at first there is one row
         is_open = np.ones(len(prompt), dtype=bool)
         for length in range(1, limit + 1):
-            totals = log_softmax(logits) + scores[:, :, None]  # (B, n, V)
+            allowed = self._adjust(log_softmax(logits), running.shape[2] == 1, length == limit, settings)
+            totals = allowed + scores[:, :, None]  # (B, n, V)
             vocabulary = totals.shape[-1]
             totals = totals.reshape(len(prompt), -1)
             order = np.argsort(-totals, axis=1, kind="stable")[:, : max(2, 1 + len(ends)) * n]  # (B, C)
@@ -152,10 +166,10 @@ class OnnxModel:
             running, parents = take(longer, order), take(parents, order)
             scores = np.where(take(goes_on, order), take(top, order), -np.inf)
             full = np.isfinite(best).all(axis=1)
-            reach = limit if early_stopping == "never" and length_penalty > 0 else length
+            reach = limit if settings["early_stopping"] == "never" and length_penalty > 0 else length
             hope = scores.max(axis=1) / reach**length_penalty
             is_open &= hope > np.where(full, best[:, -1], -np.inf)
-            if early_stopping is True:
+            if settings["early_stopping"] is True:
                 is_open &= ~full
             if not is_open.any():
                 break
