@@ -71,7 +71,7 @@ def test_four_strategies_with_what_the_sliders_say(models):
     expected = translate(one.model, one.processing_class, ["the moon"], num_beams=4)[0][0]
     assert beam.hypothesis.score == pytest.approx(expected.score)
     assert settings_of(7, 0.5, 3, 0.8, 0.2, 5) == {
-        "greedy": {"num_beams": 1, "do_sample": False},
+        "greedy": {"num_beams": 1, "do_sample": False, "penalty_alpha": 0.0},
         "beam": {"num_beams": 7, "num_beam_groups": 1, "do_sample": False},
         "sampling": {"num_beams": 1, "do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.8},
         "contrastive": {"num_beams": 1, "do_sample": False, "penalty_alpha": 0.2, "top_k": 5},
