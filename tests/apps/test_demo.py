@@ -257,6 +257,7 @@ def test_sliders_reach_the_strategies(visitor, monkeypatch):
     assert asked[3]["penalty_alpha"] == pytest.approx(0.65)
 
     card(visitor, "beam").get_by_role("button").first.click()
+    visitor.wait_for_selector("#where h3:has-text('beam: step 1')")  # the page is drawn again, menus and all
     visitor.get_by_label("Beside it").click()
     visitor.get_by_role("option", name="additive LSTM").click()
     visitor.wait_for_selector("#compared h3:has-text('additive LSTM, beam')")
