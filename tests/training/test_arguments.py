@@ -291,7 +291,7 @@ def test_generation_options():
         (["--typical-p", "-0.5"], "--typical-p must be greater than 0 and at most 1, got -0.5"),
         (["--min-p", "2"], "--min-p must be at least 0 and at most 1, got 2"),
         (["--eta-cutoff", "1"], "--eta-cutoff must be at least 0 and less than 1, got 1"),
-        (["--penalty-alpha", "1.5"], "--penalty-alpha must be greater than 0 and at most 1, got 1.5"),
+        (["--penalty-alpha", "1.5"], "--penalty-alpha must be at least 0 and at most 1, got 1.5"),
         (["--top-k", "-1"], "--top-k must be at least 0, got -1"),
         (["4"], "unexpected argument '4'; options start with --"),
         (["--max-length", "9", "--max-new-tokens", "9"], "max_length and max_new_tokens exclude each other"),
