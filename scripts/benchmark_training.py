@@ -473,7 +473,7 @@ def quality_rows(
             "of Marian and BART, which do not scale with the width by themselves, at the best rate and warm-up.\n\n"
             "| side | learning rate | warm-up | initial std | validation loss |\n|---|--:|--:|---|--:|"
         )
-        rates_and_warm_ups = list(itertools.product((1e-3, 2e-3, 4e-3), (100, 400)))
+        rates_and_warm_ups = list(itertools.product((5e-4, 1e-3, 2e-3, 4e-3), (100, 400)))
         yield from search([(side, Recipe(*values)) for side in sides for values in rates_and_warm_ups])
         yield from search([(side, replace(best(side), init_std=sizes.d_model**-0.5)) for side in ("marian", "bart")])
 
@@ -518,7 +518,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Timed updates of a turn, for speed.")] = 8,
     turns: int = 5,
     minutes: Annotated[float, typer.Option(help="Of each training, for quality.")] = 20,
-    search_minutes: Annotated[float, typer.Option(help="Of each recipe of its search.")] = 1.5,
+    search_minutes: Annotated[float, typer.Option(help="Of each recipe of its search.")] = 5,
     seeds: Annotated[int, typer.Option(help="For quality.")] = 3,
     sentences: Annotated[int, typer.Option(help="Validation sentences, for quality.")] = 500,
     jobs: Annotated[int, typer.Option(help="Trainings at once, for quality: processes of `threads` each.")] = 1,
