@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -355,6 +355,19 @@ class Recipe:
     init_std: float | None = None
 
 
+RATES = (5e-4, 1e-3, 2e-3)  # where the search begins
+LOWEST_RATE, HIGHEST_RATE = 6e-5, 2e-2
+LONG_WARM_UP, SHORT_WARM_UP = 400, 100
+
+
+def untried_neighbors(best: Recipe, tried: Collection[Recipe]) -> tuple[float, ...]:
+    """Half and double the rate of the best recipe, where they are missing."""
+    rates = (best.learning_rate / 2, best.learning_rate * 2)
+    return tuple(
+        rate for rate in rates if LOWEST_RATE <= rate <= HIGHEST_RATE and replace(best, learning_rate=rate) not in tried
+    )
+
+
 @dataclass(frozen=True)
 class Run:
     """One training of one side, for at most so many seconds of processor time, scored every `every` of them."""
@@ -463,29 +476,45 @@ def quality_rows(
 
         def search(tried: list[tuple[str, Recipe]]) -> Iterator[str]:
             for run, _, loss in trained([Run(*pair, 0, 60 * search_minutes, math.inf) for pair in tried]):
-                losses[run.side][run.recipe] = loss
+                losses[run.side][run.recipe] = math.inf if math.isnan(loss) else loss
                 init = "default" if run.recipe.init_std is None else f"{run.recipe.init_std:.3f}"
                 yield f"| {run.side} | {run.recipe.learning_rate:g} | {run.recipe.warmup_steps} | {init} | {loss:.3f} |"
 
         yield (
             f"\n## Time to quality\n\nMinutes are those of the processor, without scoring; {len(validation.pairs)} "
-            f"validation sentences. Search: {search_minutes:g} minutes for each recipe, one seed; the initial weights "
-            "of Marian and BART, which do not scale with the width by themselves, at the best rate and warm-up.\n\n"
+            f"validation sentences. Search: {search_minutes:g} minutes for each recipe, one seed. Rates are halved or "
+            "doubled until the best one lies between two that are worse; then, at that rate, a shorter warm-up, and "
+            "for Marian and BART, whose initial weights do not scale with the width, weights that do.\n\n"
             "| side | learning rate | warm-up | initial std | validation loss |\n|---|--:|--:|---|--:|"
         )
-        rates_and_warm_ups = list(itertools.product((5e-4, 1e-3, 2e-3, 4e-3), (100, 400)))
-        yield from search([(side, Recipe(*values)) for side in sides for values in rates_and_warm_ups])
+        rates = dict.fromkeys(sides, RATES)
+        while any(rates.values()):
+            yield from search([(side, Recipe(rate, LONG_WARM_UP)) for side in sides for rate in rates[side]])
+            rates = {side: untried_neighbors(best(side), losses[side]) for side in sides}
+        yield from search([(side, replace(best(side), warmup_steps=SHORT_WARM_UP)) for side in sides])
         yield from search([(side, replace(best(side), init_std=sizes.d_model**-0.5)) for side in ("marian", "bart")])
 
         quarter, whole = 15 * minutes, 60 * minutes
-        curves = {run.side: [curve] for run, curve, _ in trained([Run(p, best(p), 1, whole, quarter) for p in PEERS])}
+        curves: dict[str, list[list[tuple[float, float]]]] = {side: [] for side in PEERS}
+
+        def train_peers(peers: dict[str, int]) -> None:
+            """Trains so many seeds of each, less those that have been trained."""
+            runs = [
+                Run(side, best(side), seed, whole, quarter)
+                for side, count in peers.items()
+                for seed in range(len(curves[side]) + 1, count + 1)
+            ]
+            for run, curve, _ in trained(runs):
+                curves[run.side].append(curve)
+
+        promising = min(PEERS, key=lambda side: losses[side][best(side)])
+        train_peers({side: seeds if side == promising else 1 for side in PEERS})
         peer = max(PEERS, key=lambda side: curves[side][0][-1][1])
-        more = [Run(peer, best(peer), seed, whole, quarter) for seed in range(2, seeds + 1)]
-        curves[peer] += [curve for _, curve, _ in trained(more)]
+        train_peers({peer: seeds})
         goal = statistics.median(curve[-1][1] for curve in curves[peer])
         yield (
-            f"\nThe best recipe of each, and chrF after so many minutes; further seeds for the best peer, {peer}, "
-            f"whose median at the end is {goal:.2f}:\n\n| side | seed | "
+            f"\nThe best recipe of each, and chrF after so many minutes; the best peer, {peer}, has {goal:.2f} at the "
+            f"end, the median of its seeds:\n\n| side | seed | "
             + " | ".join(f"{minutes * part / 4:g}" for part in range(1, 5))
             + " |\n|---|--:|--:|--:|--:|--:|"
         )
