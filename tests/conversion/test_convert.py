@@ -146,7 +146,7 @@ def test_a_checkpoint_in_the_cache_of_the_hub(tmp_path, monkeypatch):
     card = (made.folder / "README.md").read_text()
     assert "base_model: org/small" in card
     assert "[org/small](https://huggingface.co/org/small)" in card
-    with pytest.raises(FileNotFoundError, match="'org/small' is no folder here and no checkpoint that the Hub or"):
+    with pytest.raises(FileNotFoundError, match="'org/small' is no folder here and no model that the Hub or"):
         convert("org/small", tmp_path / "other", revision="old")
 
 
@@ -320,9 +320,9 @@ def test_folders_that_hold_no_checkpoint(tmp_path):
         convert(tmp_path, output)
     stock = save(case_of("bart"), tmp_path / "stock")
     for missing in (tmp_path / "nowhere", "./nowhere", stock / "config.json"):
-        with pytest.raises(FileNotFoundError, match="is no folder: give the folder of a checkpoint, or its name on"):
+        with pytest.raises(FileNotFoundError, match=r"(does not exist|is a file): give the folder of a saved model"):
             convert(missing, output)
-    with pytest.raises(ValueError, match="has no revisions"):
+    with pytest.raises(ValueError, match="is for a name on the Hub"):
         convert(stock, output, revision="main")
     (stock / "model.safetensors").write_bytes(b"123")
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as a safetensors file"):
@@ -376,7 +376,10 @@ def test_the_command(tmp_path):
     for arguments, sentence in (
         ((stock, tmp_path / "converted"), f"{tmp_path}/converted is not empty: choose a new folder"),
         ((stock, tmp_path / "x", "--dtype", "fp8"), "dtype 'fp8' is unknown: use float32, bfloat16, float16, float64."),
-        ((tmp_path / "x", tmp_path / "y"), f"{tmp_path}/x is no folder: give the folder of a checkpoint, or its name"),
+        (
+            (tmp_path / "x", tmp_path / "y"),
+            f"{tmp_path}/x does not exist: give the folder of a saved model, or its name",
+        ),
     ):
         result = dragoman_command("convert", *arguments)
         assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, one tensor at a time: find them, read safetensors lazily, write shards."""
+"""Checkpoints on disk, one tensor at a time: read safetensors lazily, write shards."""
 
 import json
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -14,35 +14,6 @@ from safetensors.torch import save_file
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_SIZE = "5GB"  # as in Transformers
-# All a conversion may need; weights in other formats stay on the Hub.
-DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.jinja"]
-
-
-def find(source: str | Path, revision: str | None = None) -> Path:
-    """
-    The folder of a checkpoint: `source` itself, or where its name on the Hub is downloaded to.
-
-    Raises:
-        FileNotFoundError: there is neither; or it has no config.
-        ValueError: a revision of a folder.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise ValueError(f"{folder} is a folder here and has no revisions: leave out the revision {revision!r}.")
-    elif folder.exists() or isinstance(source, Path) or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{source} is no folder: give the folder of a checkpoint, or its name on the Hub.")
-    else:
-        try:
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=DOWNLOADED))
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"{source!r} is no folder here and no checkpoint that the Hub or the local cache gives "
-                f"({type(error).__name__})."
-            ) from error
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{source} holds no model (config.json is missing).")
-    return folder
 
 
 class StoredWeights:

@@ -12,10 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from dragoman.conversion.checkpoint import Origin, StoredWeights, find, write
+from dragoman.conversion.checkpoint import Origin, StoredWeights, write
 from dragoman.conversion.families import family_of
 from dragoman.conversion.family import Family
 from dragoman.files import check_new_folder, new_folder
+from dragoman.inference.loading import model_folder
 from dragoman.models.configuration_dragoman import SIDES, DragomanConfig
 from dragoman.models.modeling_dragoman import DragomanForConditionalGeneration
 from dragoman.models.positions import SinusoidalPositions
@@ -62,7 +63,7 @@ def convert(
     check_new_folder(output)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}.")
-    folder = find(source, revision)
+    folder = model_folder(source, revision)
     written_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family = family_of(written_config, str(source))
     theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()

@@ -15,7 +15,7 @@ from dragoman.data.tokenizers import ProcessingClass, load_tokenizer
 
 
 # Of a model on the Hub: configurations, weights and the files of every kind of tokenizer, but no code.
-_MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.bpe"]
+_MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.bpe", "*.jinja"]
 
 
 def load(
@@ -43,8 +43,6 @@ def load(
             raise ValueError(f"dtype {dtype!r} is unknown: use float32, bfloat16 or float16.")
         dtype = torch.__dict__[dtype]
     folder = model_folder(model, revision)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no model (config.json is missing){_suggestion(folder)}")
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         raise FileNotFoundError(f"{folder} holds no weights (model.safetensors is missing).")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -78,7 +76,7 @@ def model_folder(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a saved model: itself, or where its name on the Hub is downloaded to.
 
     Raises:
-        FileNotFoundError: there is neither, or the model on the Hub has no such revision.
+        FileNotFoundError: there is neither, it has no configuration, or the model on the Hub has no such revision.
         ValueError: a revision of a folder.
     """
     folder, name = Path(model).expanduser(), str(model)
@@ -86,23 +84,30 @@ def model_folder(model: str | Path, revision: str | None = None) -> Path:
     if (folder / "config.json").is_file() or (folder.is_dir() and is_path):
         if revision is not None:
             raise ValueError(f"revision {revision!r} is for a name on the Hub, but {folder} is a folder here.")
-        return folder
-    if folder.is_file():
+    elif folder.is_file():
         raise FileNotFoundError(f"{folder} is a file: give the folder of a saved model.")
-    if is_path:
+    elif is_path:
         raise FileNotFoundError(
             f"{folder} does not exist: give the folder of a saved model, or its name on the Hub{_suggestion(folder)}"
         )
+    else:
+        folder = _downloaded(name, revision)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model (config.json is missing){_suggestion(folder)}")
+    return folder
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_MODEL_FILES))
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{name!r} has no revision {revision!r} on the Hub.") from error
     except (OSError, ValueError) as error:
-        if folder.is_dir():
-            return folder  # not a name but a folder that holds no model; the caller says what it lacks
+        if Path(name).is_dir():
+            return Path(name)  # not a name but a folder that holds no model
         raise FileNotFoundError(
             f"{name!r} is no folder here and no model that the Hub or the local cache gives "
-            f"({type(error).__name__}){_suggestion(folder)}"
+            f"({type(error).__name__}){_suggestion(Path(name))}"
         ) from error
 
 

@@ -379,8 +379,6 @@ def _checked_checkpoint(given: dict[str, Any], where: Callable[[str, str], str])
         folder = model_folder(start)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: {error}") from error
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{name}: {folder} holds no model (config.json is missing)")
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type not in ("dragoman", "dragoman_rnn"):
         raise ValueError(
