@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .strict_config import check_numbers, check_special_ids, strict_config
+from .strict_config import check_numbers, check_vocabularies, strict_config
 
 
 SIDES = ("encoder", "decoder")
@@ -187,11 +187,9 @@ class DragomanConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses what cannot be built or contradicts itself. Called at construction and at saving."""
-        check_numbers(self)
         per_side = [f"{side}_{size}" for side in SIDES for size in ("layers", "attention_heads", "head_dim", "ffn_dim")]
-        for name in ("vocab_size", "d_model", *per_side):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        chances = ("dropout", "attention_dropout", "activation_dropout", "final_dropout", "layerdrop")
+        check_numbers(self, ("vocab_size", "d_model", *per_side), (*chances, "label_smoothing"))
         if self.max_position_embeddings < 2:
             raise ValueError(
                 f"max_position_embeddings={self.max_position_embeddings} must be at least 2, a start and a token."
@@ -203,22 +201,11 @@ class DragomanConfig(PreTrainedConfig):
                     f"{side}_num_key_value_heads={groups} does not divide {side}_attention_heads={heads}: "
                     "every key and value head serves the same number of query heads."
                 )
-        chances = ("dropout", "attention_dropout", "activation_dropout", "final_dropout", "layerdrop")
-        for name in (*chances, "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1.")
         if self.activation_function not in ACT2FN:
             raise ValueError(
                 f"activation_function={self.activation_function!r} is unknown: choose one of {sorted(ACT2FN)}."
             )
-        if self.source_vocab_size is not None and self.source_vocab_size < 1:
-            raise ValueError(f"source_vocab_size={self.source_vocab_size} must be at least 1.")
-        check_special_ids(self, starts_by_itself=self.rotate_labels)
-        if self.share_embeddings and self.source_vocab_size not in (None, self.vocab_size):
-            raise ValueError(
-                f"share_embeddings=True needs one vocabulary, but source_vocab_size={self.source_vocab_size} and "
-                f"vocab_size={self.vocab_size}: set share_embeddings=False, or give both sides the same vocabulary."
-            )
+        check_vocabularies(self, starts_by_itself=self.rotate_labels)
         if self.position_embedding_type == "rotary":
             for side in SIDES:
                 if getattr(self, f"{side}_head_dim") % 2:
@@ -259,7 +246,5 @@ class DragomanConfig(PreTrainedConfig):
                     )
         if self.sinusoid_endpoint and self.d_model < 4:
             raise ValueError(f"d_model={self.d_model} must be at least 4 for sinusoid_endpoint=True.")
-        if self.init_std is not None and self.init_std <= 0:
-            raise ValueError(f"init_std={self.init_std} must be positive, or None for fan_in ** -0.5.")
         if self.norm_eps <= 0:
             raise ValueError(f"norm_eps={self.norm_eps} must be positive.")

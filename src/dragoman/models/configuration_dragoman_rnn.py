@@ -4,7 +4,7 @@ from typing import Literal
 
 from transformers import PreTrainedConfig
 
-from .strict_config import check_numbers, check_special_ids, strict_config
+from .strict_config import check_numbers, check_vocabularies, strict_config
 
 
 @strict_config
@@ -100,33 +100,18 @@ class DragomanRnnConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses what cannot be built or contradicts itself. Called at construction and at saving."""
-        check_numbers(self)
         sizes = ("vocab_size", "embedding_dim", "hidden_size", "encoder_layers", "decoder_layers")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_numbers(self, sizes, ("dropout", "label_smoothing"))
         if self.max_target_length < 2:
             raise ValueError(f"max_target_length={self.max_target_length} must be at least 2, a start and a token.")
-        for name in ("dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1.")
         if not 0 <= self.teacher_forcing_ratio <= 1:
             raise ValueError(f"teacher_forcing_ratio={self.teacher_forcing_ratio} must be between 0 and 1.")
-        if self.init_std is not None and self.init_std <= 0:
-            raise ValueError(f"init_std={self.init_std} must be positive, or None for fan_in ** -0.5.")
         self._validate_ends()
         self._validate_reading()
         self._validate_attention()
 
     def _validate_ends(self):
-        if self.source_vocab_size is not None and self.source_vocab_size < 1:
-            raise ValueError(f"source_vocab_size={self.source_vocab_size} must be at least 1.")
-        check_special_ids(self)
-        if self.share_embeddings and self.source_vocab_size not in (None, self.vocab_size):
-            raise ValueError(
-                f"share_embeddings=True needs one vocabulary, but source_vocab_size={self.source_vocab_size} and "
-                f"vocab_size={self.vocab_size}: set share_embeddings=False, or give both sides the same vocabulary."
-            )
+        check_vocabularies(self)
         if self.tie_lm_head and self.embedding_dim != self.hidden_size:
             raise ValueError(
                 f"tie_lm_head=True needs embeddings as wide as the states, but embedding_dim={self.embedding_dim} and "

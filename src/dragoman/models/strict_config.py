@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -36,20 +37,31 @@ def strict_config(config_class: type) -> type:
     return checked
 
 
-def check_numbers(config):
-    """Refuses what is no number, or infinite; the fields check their ranges themselves."""
+def check_numbers(config, sizes: Iterable[str], chances: Iterable[str]):
+    """Refuses infinite numbers, sizes below 1, and chances (all smaller than 1) out of range."""
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}={value} must be a finite number.")
+    for name in sizes:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
+    for name in chances:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 0 and less than 1.")
+    if config.init_std is not None and config.init_std <= 0:
+        raise ValueError(f"init_std={config.init_std} must be positive, or None for fan_in ** -0.5.")
 
 
-def check_special_ids(config, starts_by_itself: bool = False):
+def check_vocabularies(config, starts_by_itself: bool = False):
     """
-    Refuses ids that no token has, and the lack of those without which nothing can be padded or begun.
+    Refuses ids that no token has, the lack of those without which nothing can be padded or begun, and one table for
+    vocabularies of two sizes.
 
     Args:
         starts_by_itself: the decoder's first token is not `decoder_start_token_id`.
     """
+    if config.source_vocab_size is not None and config.source_vocab_size < 1:
+        raise ValueError(f"source_vocab_size={config.source_vocab_size} must be at least 1.")
     for name in ("pad_token_id", "decoder_start_token_id"):
         if getattr(config, name) is None and not (name == "decoder_start_token_id" and starts_by_itself):
             raise ValueError(f"{name}=None leaves the decoder without an input: give the id of a token.")
@@ -62,4 +74,9 @@ def check_special_ids(config, starts_by_itself: bool = False):
         raise ValueError(
             f"pad_token_id={config.pad_token_id} is no id of a vocabulary with source_vocab_size="
             f"{config.source_vocab_size}, but it pads sources, too."
+        )
+    if config.share_embeddings and config.source_vocab_size not in (None, config.vocab_size):
+        raise ValueError(
+            f"share_embeddings=True needs one vocabulary, but source_vocab_size={config.source_vocab_size} and "
+            f"vocab_size={config.vocab_size}: set share_embeddings=False, or give both sides the same vocabulary."
         )
