@@ -129,8 +129,8 @@ def test_a_sharded_model_is_saved_with_its_own_code(folder):
 def test_one_process_told_to_stop_stops_both(folder, way):
     """
     After the same step, with one complete checkpoint; resumed, the run ends as one that was left alone, bit for bit:
-    with an average of the weights (DDP), or shared out by Accelerate's FSDP2, tied as the default is. (The checkpoint
-    of the stop is in the middle of an epoch.)
+    with an average of the weights, under DDP and shared out by Accelerate's FSDP2, tied as the default is. (The
+    checkpoint of the stop is in the middle of an epoch.)
     """
     for rank in (0, 1):
         assert f"stopped and saved after step {ranks.STOPPED};" in (folder / way / f"stopped-{rank}.txt").read_text()
@@ -143,6 +143,13 @@ def test_one_process_told_to_stop_stops_both(folder, way):
         one, other = load_file(whole / name), load_file(stopped / name)
         assert one.keys() == other.keys()
         assert [key for key, weight in one.items() if not torch.equal(weight, other[key])] == []
+    best = Path(json.loads((whole / "trainer_state.json").read_text())["best_model_checkpoint"]).name
+    for name in ("checkpoint-5", best):
+        ours, ddp = (load_file(run / name / "model.safetensors") for run in (whole, folder / "ddp" / "whole"))
+        for key, weight in ours.items():
+            torch.testing.assert_close(weight, ddp[key], rtol=1e-4, atol=1e-6)
+    kept = load_file(whole / "model.safetensors")
+    assert [key for key, weight in ours.items() if not torch.equal(weight, kept[key])] == []
     logs = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in (whole, stopped)]
     scores = [[(log["step"], log["eval_loss"], log["eval_chrf"]) for log in run if "eval_loss" in log] for run in logs]
     assert scores[0] == scores[1]
@@ -182,7 +189,8 @@ def test_two_processes_have_one_tokenizer(folder):
 def test_what_fsdp_cannot_train_is_refused(folder):
     """Also where the launch file and not the experiment asks for it, in every process, before anything is written."""
     sentences = {
-        "tiny": "training.ema_decay needs whole weights in each process; leave out FSDP and DeepSpeed",
+        "tiny": "training.ema_decay works with whole weights in each process and with FSDP of version 2; leave out "
+        "DeepSpeed and FSDP of version 1",
         "recurrent": "a recurrent model has no layers that FSDP could share out among processes; leave out "
         "training.fsdp, or launch with configs/accelerate/ddp.yaml",
     }

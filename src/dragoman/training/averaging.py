@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
@@ -47,7 +49,8 @@ class WeightAverage(TrainerCallback):
     The exponential moving average of a model's weights, one update a step: `a += (1 - d) * (w - a)`, where `d` is
     `decay`, or `(1 + step) / (10 + step)` as long as that is less, lest the random first weights linger.
 
-    It takes the memory of the weights once more, on the same device.
+    It takes the memory of the weights once more, on the same device; where FSDP2 shares those out among processes, the
+    average is shared out, too.
     """
 
     def __init__(self, model: PreTrainedModel, decay: float) -> None:
@@ -85,16 +88,40 @@ class WeightAverage(TrainerCallback):
             for name, weight in self._weights():
                 weight.copy_(current[name])
 
+    def resume_shared_out(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint of FSDP2, whose shards the model has just loaded: those are the current weights."""
+        self.average = {name: weight.detach().clone() for name, weight in self._weights()}
+        self.load(checkpoint)
+        self._exchange()
+
     def keep(self) -> None:
         """The model has the average of its weights for good."""
         self._exchange()
 
+    def load(self, checkpoint: Path) -> None:
+        """The model has the average in a checkpoint of FSDP2 for good; each process takes its share of it."""
+        files = checkpoint.glob("model*.safetensors")
+        saved = {name: weight for file in files for name, weight in load_file(file).items()}
+        self._reshard()
+        # Not strict: of tied weights one is saved.
+        set_model_state_dict(self.model, saved, options=StateDictOptions(full_state_dict=True, strict=False))
+
     def _weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        self._reshard()
         return ((name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad)
 
+    def _reshard(self) -> None:
+        """After a pass without gradients FSDP2 may hold whole weights in place of the shares."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @torch.no_grad()
     def _exchange(self) -> None:
-        for name, weight in self._weights():
-            weight.data, self.average[name] = self.average[name], weight.data
+        for name, weight in self._weights():  # in place, since FSDP2 gathers from where the shares lie
+            current = weight.clone()
+            weight.copy_(self.average[name])
+            self.average[name].copy_(current)
 
 
 def average_checkpoints(sources: Sequence[str | Path], output: str | Path, last: int | None = None) -> list[Path]:

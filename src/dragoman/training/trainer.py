@@ -63,8 +63,11 @@ class DurableTrainer(Seq2SeqTrainer):
                 "a recurrent model has no layers that FSDP could share out among processes; leave out training.fsdp, "
                 "or launch with configs/accelerate/ddp.yaml"
             )
-        if average is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("training.ema_decay needs whole weights in each process; leave out FSDP and DeepSpeed")
+        if average is not None and (self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self._is_fsdp2())):
+            raise ValueError(
+                "training.ema_decay works with whole weights in each process and with FSDP of version 2; leave out "
+                "DeepSpeed and FSDP of version 1"
+            )
         self.complete_checkpoint = complete_checkpoint
         self.average = average
         self.divergence = divergence
@@ -80,7 +83,7 @@ class DurableTrainer(Seq2SeqTrainer):
         if self.args.should_save:
             folder = self._get_output_dir(trial)
             checkpoint = Path(folder, f"checkpoint-{self.state.global_step}")
-            if self.average is not None:
+            if self.average is not None and not self.is_fsdp_enabled:  # of whose checkpoints the shards are current
                 self.average.save_current(checkpoint)
             self.complete_checkpoint(checkpoint, self.state)
             self._delete_checkpoints(folder)
@@ -146,14 +149,23 @@ class DurableTrainer(Seq2SeqTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.average is not None:
-            self.average.resume(Path(resume_from_checkpoint))
+            resume = self.average.resume_shared_out if self.is_fsdp_enabled else self.average.resume
+            resume(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None and self.is_fsdp_enabled:
+            self.average.load(Path(str(self.state.best_model_checkpoint)))
+
+    def _is_fsdp2(self) -> bool:
+        return self.accelerator.state.fsdp_plugin.fsdp_version == 2
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         with self._averaged():
             super().save_model(output_dir, *args, **kwargs)
-        if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            # The Trainer writes shards alone, and those into checkpoints alone; a folder is to hold a model, too.
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+                # The Trainer writes shards alone, and those into checkpoints alone; a folder is to hold a model, too.
+                self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_fsdp_enabled:
