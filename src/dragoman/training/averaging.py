@@ -101,7 +101,7 @@ class WeightAverage(TrainerCallback):
     def load(self, checkpoint: Path) -> None:
         """The model has the average in a checkpoint of FSDP2 for good; each process takes its share of it."""
         files = checkpoint.glob("model*.safetensors")
-        saved = {name: weight for file in files for name, weight in load_file(file).items()}
+        saved: dict[str, Any] = {name: weight for file in files for name, weight in load_file(file).items()}
         self._reshard()
         # Not strict: of tied weights one is saved.
         set_model_state_dict(self.model, saved, options=StateDictOptions(full_state_dict=True, strict=False))
