@@ -8,6 +8,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, MaxTimeCriteria, 
 
 from conftest import BOS, EOS, FAMILIES, PAD, B, Family, V, make_batch
 from dragoman.models import decoding_steps, generation, modeling_dragoman, offline_search
+from dragoman.models.pipeline_dragoman import ForcedFirstTokens
 
 
 MODELS: dict[str, torch.nn.Module] = {}
@@ -268,6 +269,17 @@ def which_loop(monkeypatch, model, **arguments) -> list[bool]:
 @pytest.mark.parametrize("name", FOR_THE_HOST)
 def test_what_asks_for_more_than_tokens_gets_the_hosts_loop(any_family, monkeypatch, name, settings):
     assert which_loop(monkeypatch, build(any_family), **FOR_THE_HOST[name], **settings) == [False]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"penalty_alpha": 0.6, "top_k": 3}], ids=["1", "2", "c"])
+def test_labels_and_first_tokens_of_their_own_keep_our_loop(any_family, monkeypatch, settings):
+    """As Seq2SeqTrainer passes the labels, and as batches of several languages begin."""
+    model = build(any_family)
+    assert which_loop(monkeypatch, model, labels=torch.full((B, 5), 4), **settings) == [True]
+    first = LogitsProcessorList([ForcedFirstTokens([4, 5, 6])])
+    assert which_loop(monkeypatch, model, logits_processor=first, **settings) == [True]
+    ids = model.generate(**source(), max_new_tokens=4, logits_processor=first, **settings)
+    assert ids[:, 1].tolist() == [4, 5, 6]
 
 
 def test_a_known_criterion_keeps_our_loop(any_family, monkeypatch):

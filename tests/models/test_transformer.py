@@ -516,6 +516,24 @@ def test_static_cache_equals_dynamic_cache(any_transformer, batch):
         model.generate(batch["input_ids"], **source, penalty_alpha=0.6, cache_implementation="static")
 
 
+def test_a_static_cache_reads_sources_of_few_lengths(batch):
+    """With a mask or without; but what is asked for beside tokens has the positions of the source."""
+    model, read = family("modern").build(), []
+    model.model.encoder.register_forward_pre_hook(
+        lambda encoder, args, arguments: read.append(arguments["input_ids"].shape[1]), with_kwargs=True
+    )
+    sources = batch["input_ids"][:1]
+    expected = model.generate(sources)
+    assert read.pop() == sources.shape[1]
+    for mask in ({}, {"attention_mask": torch.ones_like(sources)}):
+        assert torch.equal(model.generate(sources, **mask, cache_implementation="static"), expected)
+        assert read.pop() > sources.shape[1]
+    model.set_attn_implementation("eager")
+    seen = model.generate(sources, cache_implementation="static", return_dict_in_generate=True, output_attentions=True)
+    assert torch.equal(seen.sequences, expected)
+    assert seen.cross_attentions[0][0].shape[-1] == sources.shape[1]
+
+
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 3}])
 def test_left_padded_prompts(any_transformer, batch, settings):
     """Prompts of different lengths in one batch, padded on the left."""

@@ -14,6 +14,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList, l
 from transformers.utils import ModelOutput
 
 from .decoding_steps import rows_of
+from .pipeline_dragoman import ForcedFirstTokens
 
 
 # Names of Transformers 5.23 that are not public, on which these loops and `generation.py` lean:
@@ -53,6 +54,7 @@ ROW_BY_ROW = {
     stopping_criteria.MaxTimeCriteria,
     stopping_criteria.EosTokenCriteria,
     stopping_criteria.StopStringCriteria,
+    ForcedFirstTokens,  # at the first token, before which no row leaves
 }
 # The arguments of `forward` of which the loops know whether they have a row per source or one per target.
 KNOWN_ARGUMENTS = {

@@ -79,6 +79,7 @@ class DragomanGenerationMixin(GenerationMixin):
             ValueError: ids outside the vocabulary; settings that exclude each other, such as `penalty_alpha` and beams;
                 forced words for which there is no room.
         """
+        kwargs.pop("labels", None)  # Seq2SeqTrainer passes the whole batch; they decide nothing here
         self._check_ids("input_ids", inputs if inputs is not None else kwargs.get("input_ids"))
         self._check_ids("decoder_input_ids", kwargs.get("decoder_input_ids"))
         if kwargs.get("max_new_tokens") is not None and kwargs.keys().isdisjoint({"max_length", "decoder_input_ids"}):

@@ -599,11 +599,18 @@ class DragomanForConditionalGeneration(LanguageModelHead, DragomanPreTrainedMode
         return ForwardSteps(self, prompt, model_kwargs, g, with_states)
 
     def _prepare_text_encoder_decoder_kwargs_for_generation(self, *, inputs_tensor, model_kwargs, **arguments):
-        """Runs the encoder. Beside a static cache it gets sources of few lengths, so that few are compiled."""
+        """
+        Runs the encoder. Beside a static cache it gets sources of few lengths, so that few are compiled, unless states
+        or weights of as many positions as the source has are asked for.
+        """
+        config = arguments["generation_config"]
         mask = model_kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
         per_token = model_kwargs.keys() & {"position_ids", "segment_ids"}
-        static = "static" in (arguments["generation_config"].cache_implementation or "")
-        if static and mask is not None and mask.ndim == 2 and not per_token:
+        static = "static" in (config.cache_implementation or "")
+        seen = config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states)
+        if static and mask.ndim == 2 and not per_token and not seen:
             padding = bucket(mask.shape[1], self.config) - mask.shape[1]
             model_kwargs = {**model_kwargs, "attention_mask": nn.functional.pad(mask, (0, padding))}
             around = (0, 0) * (inputs_tensor.ndim - 2)  # embeddings have a width
