@@ -119,6 +119,22 @@ def test_a_prompt_is_continued(both):
     assert found.tolist() == expected.tolist()
 
 
+def test_a_prompt_counts_in_the_saved_length(both, monkeypatch):
+    model, exported, _ = both
+    batch, prompt = make_batch(), torch.tensor([[BOS, 5, 7, 4]] * 3)
+    config = copy.deepcopy(model.generation_config)
+    config.max_length, config.max_new_tokens, config.eos_token_id = 6, None, None
+    monkeypatch.setattr(model, "generation_config", config)
+    monkeypatch.setattr(exported, "settings", {**settings_of(model), "eos_token_id": []})
+    expected = model.generate(
+        batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=prompt, eos_token_id=None
+    )
+    assert expected.shape[1] == 6
+    assert exported.generate(**arrays(batch), decoder_input_ids=prompt.numpy()).tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="decoder_input_ids have 8 tokens, and the model was saved with max_length=6"):
+        exported.generate(**arrays(batch), decoder_input_ids=prompt.repeat(1, 2).numpy())
+
+
 @pytest.mark.parametrize("both", ["modern"], indirect=True)
 def test_the_same_logits(both):
     """Of sizes that the graphs have not seen before: prefill, and steps with two rows for each source."""

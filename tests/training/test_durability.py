@@ -192,10 +192,29 @@ def test_the_average_follows_the_formula(tmp_path):
             torch.testing.assert_close(average, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_the_experiment_cannot_resume_with_another_average(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("ema_decay", 0.9), ("seed", 7), ("per_device_train_batch_size", 3), ("dataloader_drop_last", True)],
+)
+def test_the_experiment_cannot_resume_with_another_average_or_order(tmp_path, key, value):
     train(tiny(tmp_path, max_steps=2))
-    with pytest.raises(ValueError, match=r"was started with another training\.ema_decay"):
-        train(tiny(tmp_path, max_steps=2, ema_decay=0.9), resume=True)
+    with pytest.raises(ValueError, match=rf"was started with another .*training\.{key}"):
+        train(tiny(tmp_path, **{"max_steps": 2, key: value}), resume=True)
+
+
+def test_the_batches_of_an_update_may_be_shared_out_otherwise(tmp_path):
+    """As many of them in all: two processes with one each are one with two."""
+    train(tiny(tmp_path, **(BY_STEPS | {"max_steps": 3})))
+    marker = last_complete_checkpoint(tmp_path / "run") / "complete.json"
+    assert json.loads(marker.read_text())["processes"] == 1
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "processes": 2}))
+    with pytest.raises(
+        ValueError,
+        match="2 processes with 1 batches each made an update, now it would be 1 with 1; set "
+        r"training\.gradient_accumulation_steps=2",
+    ):
+        train(tiny(tmp_path, **(BY_STEPS | {"max_steps": 4})), resume=True)
+    train(tiny(tmp_path, **(BY_STEPS | {"max_steps": 4, "gradient_accumulation_steps": 2})), resume=True)
 
 
 def test_overwriting_can_be_killed_too(tmp_path, monkeypatch):

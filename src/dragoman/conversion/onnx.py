@@ -137,7 +137,8 @@ def settings_of(model: Any) -> dict[str, Any]:
     longest = config.max_target_length if recurrent else config.max_position_embeddings
     settings = {
         **special_ids(model),
-        "max_new_tokens": saved.max_new_tokens or (saved.max_length or longest) - 1,
+        "max_new_tokens": saved.max_new_tokens,
+        "max_length": saved.max_length or longest,  # with the start token, where there is no max_new_tokens
         "num_beams": saved.num_beams or 1,
         "length_penalty": 1.0 if saved.length_penalty is None else saved.length_penalty,
         "early_stopping": saved.early_stopping or False,

@@ -60,7 +60,7 @@ class OnnxModel:
             ids (B * num_return_sequences, t), with the start token, padded at the end.
 
         Raises:
-            ValueError: more sequences than beams.
+            ValueError: more sequences than beams; a prompt as long as outputs may become.
         """
         given = {"num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": early_stopping}
         given |= {"max_new_tokens": max_new_tokens}
@@ -73,6 +73,13 @@ class OnnxModel:
         start = self.settings["decoder_start_token_id"]
         prompt = np.full((len(ids), 1), start) if decoder_input_ids is None else np.asarray(decoder_input_ids)
         prompt = prompt.astype(np.int64)
+        if settings["max_new_tokens"] is None:
+            settings["max_new_tokens"] = settings["max_length"] - prompt.shape[1]
+        if settings["max_new_tokens"] < 1:
+            raise ValueError(
+                f"decoder_input_ids have {prompt.shape[1]} tokens, and the model was saved with max_length="
+                f"{settings['max_length']}: give max_new_tokens."
+            )
         source = {"attention_mask": mask, **self.run("encoder", input_ids=ids, attention_mask=mask)}
         if "decoder_prefill" in self.graphs:
             source |= self.run("decoder_prefill", decoder_input_ids=prompt, **source)

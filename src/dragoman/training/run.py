@@ -450,15 +450,47 @@ def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite:
     if in_use and overwrite:
         _check_inputs(output, experiment)
     if in_use and resume:
-        before, now = load_experiment(output / EXPERIMENT_FILE).given, experiment.given
-        changed = [
-            f"{section}.{key}"
-            for section in ("model", "data", "tokenizer", "training")
-            for key in sorted(before[section].keys() | now[section].keys())
-            if (section != "training" or key == "ema_decay") and before[section].get(key) != now[section].get(key)
-        ]
-        if changed:
-            raise ValueError(f"cannot resume {output}: it was started with another {', '.join(changed)}")
+        _check_resumed(output, load_experiment(output / EXPERIMENT_FILE), experiment)
+
+
+# Of the section `training`: what the weights and the order of the pairs depend on, beside the number of processes.
+_OF_THE_RUN = (
+    "ema_decay",
+    "seed",
+    "data_seed",
+    "per_device_train_batch_size",
+    "max_tokens_per_batch",
+    "packing",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+)
+
+
+def _check_resumed(output: Path, before: Experiment, now: Experiment) -> None:
+    """Refuse what would not go on with the same model, or would leave out pairs and repeat others."""
+    changed = [
+        f"{section}.{key}"
+        for section in ("model", "data", "tokenizer")
+        for key in sorted(before.given[section].keys() | now.given[section].keys())
+        if before.given[section].get(key) != now.given[section].get(key)
+    ]
+    changed += [f"training.{key}" for key in _OF_THE_RUN if getattr(before.training, key) != getattr(now.training, key)]
+    if changed:
+        raise ValueError(f"cannot resume {output}: it was started with another {', '.join(changed)}")
+    checkpoint = last_complete_checkpoint(output)
+    if checkpoint is None:
+        return
+    marker = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
+    accumulated, processes = before.training.gradient_accumulation_steps, marker["processes"]
+    batches, now_batches = accumulated * processes, now.training.gradient_accumulation_steps * now.training.world_size
+    if batches != now_batches or (now.data.streaming and processes != now.training.world_size):
+        remedy = f"start as many processes, with training.gradient_accumulation_steps={accumulated}"
+        if batches % now.training.world_size == 0 and not now.data.streaming:
+            remedy = f"set training.gradient_accumulation_steps={batches // now.training.world_size}"
+        raise ValueError(
+            f"cannot resume {output}: {processes} processes with {accumulated} batches each made an update, now it "
+            f"would be {now.training.world_size} with {now.training.gradient_accumulation_steps}; {remedy}"
+        )
 
 
 def _is_finished(output: Path, experiment: Experiment) -> bool:
@@ -612,6 +644,7 @@ def _say_scores(say: Callable[..., None], scores: dict[str, float], generation_c
 def _mark_complete(experiment: Experiment, folder: Path, state: TrainerState) -> None:
     experiment.save(folder / EXPERIMENT_FILE)
     marker = {"step": state.global_step, "epoch": state.epoch, "best_validation": state.best_metric}
+    marker["processes"] = experiment.training.world_size
     write_whole(folder / COMPLETE_FILE, json.dumps(marker) + "\n")
 
 
