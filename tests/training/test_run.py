@@ -15,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig, trainer_utils
 from dragoman.data.tokenizers import load_tokenizer
 from dragoman.inference.loading import load
 from dragoman.inference.translate import translate
+from dragoman.models import generation, language_model_head
 from dragoman.training import run
 from dragoman.training.arguments import load_experiment
 from dragoman.training.run import last_complete_checkpoint, train
@@ -326,6 +327,20 @@ def test_neither_validation_nor_test(tmp_path):
 def test_dropping_the_last_batch_is_for_training_alone(tmp_path):
     output = train_tiny(tmp_path, "training.max_steps=2", training={"dataloader_drop_last": True})
     assert json.loads((output / "test_results.json").read_text()).keys() == {"bleu", "chrf"}  # of 4 pairs, 3 a batch
+
+
+@pytest.mark.parametrize("changes", [{}, {"predict_with_generate": False, "metric_for_best_model": "loss"}])
+def test_evaluations_hold_no_logits_of_all_positions(tmp_path, monkeypatch, changes):
+    """And decode by our loops, though the Trainer gives `generate` the labels."""
+    loops = []
+    monkeypatch.setattr(language_model_head, "next_token_loss", None)
+    rule = generation.follows_own_loop
+    monkeypatch.setattr(generation, "follows_own_loop", lambda *what: loops.append(rule(*what)) or loops[-1])
+    path = write_experiment(tmp_path, training={"max_steps": 2, **changes})
+    log = json.loads((train(load_experiment(path)) / "trainer_state.json").read_text())["log_history"]
+    assert all(0 < entry["eval_loss"] < 10 for entry in log if "eval_loss" in entry)
+    assert loops
+    assert all(loops)
 
 
 UNSAVED = {"save_strategy": "no", "load_best_model_at_end": False, "max_steps": 2}

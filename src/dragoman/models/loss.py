@@ -103,7 +103,7 @@ def next_token_loss_of_states(
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return nn.functional.cross_entropy(logits, some_labels, reduction="sum", label_smoothing=label_smoothing)
 
-        rows = _rows_at_a_time(vocab_size)
+        rows = rows_at_a_time(vocab_size)
         chunks = zip(states.split(rows), labels.split(rows), strict=True)
         total = sum((checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks), states.sum() * 0.0)
     return _average(total, len(labels) if num_items_in_batch is None else num_items_in_batch)
@@ -126,8 +126,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             states_grad = torch.empty_like(inputs) if needs_states else None
             weight_grad = torch.zeros_like(weight, dtype=precision) if needs_weight else None
             bias_grad = torch.zeros_like(bias, dtype=precision) if needs_bias else None
-            for begin in range(0, len(labels), _rows_at_a_time(vocab_size)):
-                chunk = slice(begin, begin + _rows_at_a_time(vocab_size))
+            for begin in range(0, len(labels), rows_at_a_time(vocab_size)):
+                chunk = slice(begin, begin + rows_at_a_time(vocab_size))
                 gold = labels[chunk, None]
                 logits = linear(inputs[chunk], matrix).to(precision)
                 if bias is not None:
@@ -165,7 +165,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if one is None else (one * total_grad).to(dtype) for one, dtype in gradients), None, None
 
 
-def _rows_at_a_time(vocab_size: int) -> int:
+def rows_at_a_time(vocab_size: int) -> int:
     return max(LOGITS_AT_A_TIME // vocab_size, FEWEST_ROWS_AT_A_TIME)
 
 

@@ -6,11 +6,11 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
+from dragoman.models.loss import rows_at_a_time
+
 
 # Numbers kept for each trained parameter beside its gradient; every optimizer not named here is taken for an Adam.
 OPTIMIZER_STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}
-# Rows of the forward pass that is measured; the batch's need grows in proportion to its rows.
-MEASURED_ROWS = 2
 
 
 @dataclass
@@ -21,7 +21,7 @@ class MemoryEstimate:
         weights: parameters and buffers.
         gradients, optimizer: of the parameters that are trained.
         average: of these parameters over the steps, if there is one.
-        activations: what the forward pass of the batch keeps for the backward pass, and the gradient of the logits.
+        activations: what the forward pass of the batch keeps for the backward pass, and the logits held at a time.
         batch: rows, source length and target length of that batch.
     """
 
@@ -62,10 +62,10 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the memory of training on batches of this size, the longest that can come.
 
-    The activations are measured: a forward pass of `MEASURED_ROWS` rows in training mode, as long as the batch, counts
-    the bytes that autograd keeps; they grow with the rows. Added to them are two times the logits in single precision,
-    the gradients through which the backward pass begins. Not counted: the Python process and its libraries (0.5 to
-    1 GB), what the allocator leaves between blocks, and evaluation.
+    The activations are measured: forward passes of one and two rows in training mode, as long as the batch, count the
+    bytes that autograd keeps, and each further row adds the difference. Added are two times the logits that the loss
+    holds at a time, in single precision. Not counted: the Python process and its libraries (0.5 to 1 GB), what the
+    allocator leaves between blocks, and evaluation.
 
     Args:
         model: on the device where it will be trained; its state and the random numbers stay as they are.
@@ -73,10 +73,37 @@ def estimate_memory(
         rows, source_length, target_length: of the batch, in sequences and tokens.
         averaging: whether an average of the trained parameters is kept.
     """
-    device = model.device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training, checkpointing = model.training, model.is_activation_checkpointing
+    model.train()
+    if arguments.activation_checkpointing:
+        kwargs = dict(cast(dict[str, Any], arguments.activation_checkpointing_kwargs or {}))
+        model.activation_checkpointing_enable(
+            every_n_layers=kwargs.pop("every_n_layers", 1),  # as the Trainer calls it
+            offload=kwargs.pop("offload", False),
+            activation_checkpointing_kwargs=kwargs or None,
+        )
+    one, two = (_kept_bytes(model, arguments, few, source_length, target_length) for few in (1, 2))
+    model.train(was_training)
+    if arguments.activation_checkpointing and not checkpointing:
+        model.activation_checkpointing_disable()
+    vocab_size = model.config.vocab_size
+    logits = min(rows * target_length, rows_at_a_time(vocab_size)) * vocab_size
+    gradients = sum(parameter.nbytes for parameter in trained)
+    return MemoryEstimate(
+        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        gradients=gradients,
+        optimizer=gradients * _states(arguments),
+        average=gradients if averaging else 0,
+        activations=one + (rows - 1) * (two - one) + 2 * 4 * logits,
+        batch=(rows, source_length, target_length),
+    )
+
+
+def _kept_bytes(model: PreTrainedModel, arguments: Any, rows: int, source_length: int, target_length: int) -> int:
+    """What autograd keeps of a forward pass as the Trainer calls it, beside the model's own tensors."""
+    device = model.device
     own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    measured = min(rows, MEASURED_ROWS)
     kept: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,36 +112,21 @@ def estimate_memory(
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    was_training, checkpointing = model.training, model.is_activation_checkpointing
     # Of no meaning, but no padding either: a fresh model takes as much memory for one token as for another.
-    source = torch.full((measured, source_length), model.config.eos_token_id, device=device)
-    labels = torch.full((measured, target_length), model.config.eos_token_id, device=device)
+    source = torch.full((rows, source_length), model.config.eos_token_id, device=device)
+    labels = torch.full((rows, target_length), model.config.eos_token_id, device=device)
     precision = torch.bfloat16 if arguments.bf16 else torch.float16
     autocast = torch.autocast(device.type, precision, enabled=arguments.bf16 or arguments.fp16)
     cuda_devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda_devices), autocast, torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        model.train()
-        if arguments.activation_checkpointing:
-            kwargs = dict(cast(dict[str, Any], arguments.activation_checkpointing_kwargs or {}))
-            model.activation_checkpointing_enable(
-                every_n_layers=kwargs.pop("every_n_layers", 1),  # as the Trainer calls it
-                offload=kwargs.pop("offload", False),
-                activation_checkpointing_kwargs=kwargs or None,
-            )
-        outputs = model(input_ids=source, attention_mask=torch.ones_like(source), labels=labels)
-    model.train(was_training)
-    if arguments.activation_checkpointing and not checkpointing:
-        model.activation_checkpointing_disable()
-    per_measured = sum(kept.values()) + 2 * 4 * outputs.logits.numel()
-    gradients = sum(parameter.nbytes for parameter in trained)
-    return MemoryEstimate(
-        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        gradients=gradients,
-        optimizer=gradients * _states(arguments),
-        average=gradients if averaging else 0,
-        activations=per_measured * rows // measured,
-        batch=(rows, source_length, target_length),
-    )
+        outputs = model(
+            input_ids=source,
+            attention_mask=torch.ones_like(source),
+            labels=labels,
+            num_items_in_batch=torch.tensor(labels.numel(), device=device),
+        )
+    del outputs  # not before: storages that are freed would be counted again
+    return sum(kept.values())
 
 
 def _states(arguments: Any) -> int:

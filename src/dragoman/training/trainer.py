@@ -228,8 +228,12 @@ class DurableTrainer(Seq2SeqTrainer):
             self.samples.report(folder, step, self.callback_handler.callbacks)
         return metrics
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        loss, outputs, labels = super().prediction_step(model, inputs, *args, **kwargs)
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        if prediction_loss_only or self.args.predict_with_generate:  # nothing but the loss is used of the forward pass
+            inputs = {**inputs, "output_logits": False}
+        loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         if self.samples is not None and self.shows_samples and outputs is not None and labels is not None:
             self.samples.add(inputs["input_ids"], outputs, labels)
         return loss, outputs, labels
