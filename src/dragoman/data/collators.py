@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import IterableDataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
@@ -112,12 +114,16 @@ def encode_pairs(
         num_proc=num_proc,
         desc="Encoding pairs",
     )
-    _count(report, outcomes["dropped"], outcomes["truncated"])
-    kept = [index for index, reason in enumerate(outcomes["dropped"]) if not reason]
-    if not kept:
+    # By Arrow, which maps the columns into memory: there may be more pairs than Python can hold objects of.
+    what = outcomes.select_columns(["dropped", "truncated"]).with_format("arrow")[:]
+    for group in what.group_by(["dropped", "truncated"]).aggregate([([], "count_all")]).to_pylist():
+        _count(report, group["dropped"], group["truncated"], group["count_all"])
+    if not report.kept:
         raise ValueError(f"no pair is left to train or evaluate on: {report}")
     encoded = outcomes.select_columns(list(ENCODED_COLUMNS))
-    return (encoded if len(kept) == len(encoded) else encoded.select(kept)), report
+    if report.kept == len(encoded):
+        return encoded, report
+    return encoded.select(np.flatnonzero(pc.equal(what["dropped"], "").to_numpy())), report
 
 
 def _encode_stream(dataset: IterableDataset, encoder: _Encoder, report: DropReport) -> IterableDataset:
@@ -125,17 +131,22 @@ def _encode_stream(dataset: IterableDataset, encoder: _Encoder, report: DropRepo
 
     def encode_and_filter(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         outcome = encoder(batch, indices)
-        _count(report, outcome["dropped"], outcome["truncated"])
+        for dropped, truncated in zip(outcome["dropped"], outcome["truncated"], strict=True):
+            _count(report, dropped, truncated)
         kept = [row for row, reason in enumerate(outcome["dropped"]) if not reason]
         return {column: [outcome[column][row] for row in kept] for column in ENCODED_COLUMNS}
 
     return dataset.map(encode_and_filter, batched=True, with_indices=True, remove_columns=names)
 
 
-def _count(report: DropReport, dropped: list[str], truncated: list[str]) -> None:
-    report.kept += sum(not reason for reason in dropped)
-    report.dropped.update(reason for reason in dropped if reason)
-    report.truncated.update(sides for sides, reason in zip(truncated, dropped, strict=True) if sides and not reason)
+def _count(report: DropReport, dropped: str, truncated: str, pairs: int = 1) -> None:
+    """Pairs that were dropped for this reason, or else cut on these sides, if the texts are not empty."""
+    if dropped:
+        report.dropped[dropped] += pairs
+    else:
+        report.kept += pairs
+        if truncated:
+            report.truncated[truncated] += pairs
 
 
 def _require_final_eos(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -179,7 +179,8 @@ def translate_stream(
         outputs = [next(found) if ids else [Hypothesis("", []) for _ in range(num_return_sequences)] for ids in sources]
         if scores:
             _score_batch(model, source_tokenizer, sources, outputs, length_penalty)
-        bar.advance(task, len(batch))
+        # The other processes have batches like these, so they are about as far.
+        bar.advance(task, len(batch) * (1 if processes is None else processes.num_processes))
         return outputs
 
     def run() -> Iterator[list[Hypothesis]]:
@@ -192,6 +193,7 @@ def translate_stream(
                 yield from map_in_processes(
                     rows, decode, processes, length=lambda row: len(row[0]), window=window, **size
                 )
+                bar.update(task, completed=bar.tasks[task].total or bar.tasks[task].completed)
 
     return run()
 
