@@ -202,6 +202,8 @@ def test_lengths_given_in_the_call_win():
     longest = SOURCES[4]  # six words and </s>
     model.generation_config.max_length, model.generation_config.max_new_tokens = 11, None
     assert len(translate(model, tokenizer, [longest], max_new_tokens=3)[0][0].token_ids) == 3
+    nothing = dict.fromkeys(("max_length", "max_new_tokens", "num_beams"))
+    assert translate(model, tokenizer, [longest], **nothing) == translate(model, tokenizer, [longest])
     model.generation_config.max_length, model.generation_config.max_new_tokens = None, 11
     assert len(translate(model, tokenizer, [longest], max_length=3)[0][0].token_ids) == 2  # the start token counts
 

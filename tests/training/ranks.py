@@ -208,6 +208,22 @@ def stopped_and_resumed(folder: Path, rank: int, is_wrapped: Callable[[Any], boo
     DurableTrainer.training_step = original
 
 
+def stopped_while_evaluating(folder: Path, rank: int) -> None:
+    """A SIGTERM to one of the processes before the checkpoint that follows an evaluation."""
+    original = DurableTrainer.evaluate
+
+    def evaluate(self, *args, **kwargs):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    with mock.patch.object(DurableTrainer, "evaluate", evaluate):
+        try:
+            train(load_experiment(folder / "tiny.yaml", [f"training.output_dir={folder / 'evaluating'}"]))
+        except KeyboardInterrupt as stop:
+            (folder / f"evaluating-{rank}.txt").write_text(str(stop))
+
+
 @contextmanager
 def fsdp_of_accelerate() -> Iterator[None]:
     """
@@ -260,6 +276,7 @@ def main(folder: Path) -> None:
     shorten_trainings()
     with_the_trainer(folder, 2)
     stopped_and_resumed(folder / "ddp", dist.get_rank(), lambda model: isinstance(model, DistributedDataParallel))
+    stopped_while_evaluating(folder / "ddp", dist.get_rank())
     for name in ("budget", "stream"):
         train(load_experiment(folder / f"{name}.yaml"))
     with_tokenizers_of_their_own(folder, dist.get_rank())

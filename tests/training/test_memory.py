@@ -68,6 +68,12 @@ def test_checkpointing_keeps_less(arguments):
     assert every_layer < found.activations < full
 
 
+def test_several_ends_or_none(arguments):
+    for ends in ([2, 3], None):
+        model = family("modern").build(dtype=torch.float32, eos_token_id=ends)
+        assert estimate_memory(model, arguments(), 3, 7, 5).activations > 0
+
+
 def test_an_average_is_counted(arguments):
     model = family("modern").build(dtype=torch.float32)
     without, found = (estimate_memory(model, arguments(), 3, 7, 5, averaging=averaging) for averaging in (False, True))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, trainer_utils
 
-from dragoman.data.tokenizers import load_tokenizer
+from dragoman.data.tokenizers import load_tokenizer, train_tokenizer
 from dragoman.inference.loading import load
 from dragoman.inference.translate import translate
 from dragoman.models import generation, language_model_head
@@ -208,8 +208,9 @@ def test_overwrite_deletes_only_what_a_run_made(tmp_path):
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
 
 
-def test_overwrite_deletes_nothing_that_the_run_needs(tmp_path):
+def test_overwrite_deletes_nothing_that_the_run_needs(tmp_path, monkeypatch):
     output = tmp_path / "run"
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("mine", "run"):
         (tmp_path / name).mkdir()
         path = write_experiment(tmp_path / name, training={"output_dir": str(output)})
@@ -219,6 +220,7 @@ def test_overwrite_deletes_nothing_that_the_run_needs(tmp_path):
         (output / "experiment.yaml", "training.seed=1", rf"would delete {output}/experiment.yaml \(the experiment\)"),
         (mine, f"data.train={output}/train.jsonl", r"train.jsonl \(data\.train\), which lies in"),
         (mine, f"data.test=[x.en, {output}/y.it]", r"y.it \(data\.test\[1\]\), which lies in"),
+        (mine, "tokenizer.path=~/run", r"~/run \(tokenizer\.path\), which lies in"),
     ):
         with pytest.raises(ValueError, match=sentence):
             train(load_experiment(path, [override]), overwrite=True)
@@ -314,6 +316,20 @@ def test_long_outputs_are_not_cut(tmp_path):
     tokenizer, model = load_tokenizer(output), AutoModelForSeq2SeqLM.from_pretrained(output)
     (ids,) = model.generate(**tokenizer("due", return_tensors="pt"))
     assert len(ids) - 1 > 30
+
+
+def test_outputs_end_before_learned_positions_do(tmp_path):
+    experiment = load_experiment(
+        write_experiment(tmp_path), ["model.position_embedding_type=learned", "model.max_position_embeddings=9"]
+    )
+    tokenizer = train_tokenizer(["uno due tre"], "word")
+    assert run.build_model(experiment, tokenizer, 5).generation_config.max_length == 9
+    assert run.build_model(experiment, tokenizer, 3).generation_config.max_length == 6
+    saved = run.build_model(experiment, tokenizer, 7)
+    saved.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    on = load_experiment(write_experiment(tmp_path), [f"model.from_pretrained={tmp_path / 'saved'}"])
+    assert run.build_model(on, tokenizer, 30).generation_config.max_length == 9
 
 
 def test_neither_validation_nor_test(tmp_path):

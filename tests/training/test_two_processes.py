@@ -64,19 +64,26 @@ def assert_same_training(path: Path, other: Path, of_losses: float = 1e-9) -> No
         torch.testing.assert_close(weight, others[name], rtol=0, atol=1e-9, msg=name)
 
 
-@pytest.mark.slow
-def test_ddp_trains_as_one_process(folder):
-    """Ten steps through the Trainer, the tokens of all processes counted."""
+@pytest.fixture(scope="module")
+def one_and_two(folder):
+    """Where one process has trained through the Trainer, too."""
     ranks.with_the_trainer(folder, 1)
+    return folder
+
+
+@pytest.mark.slow
+def test_ddp_trains_as_one_process(one_and_two):
+    """Ten steps through the Trainer, the tokens of all processes counted."""
+    folder = one_and_two
     assert len(losses(folder / "trainer-2.safetensors")) == 10
     # The Trainer adds the losses that it logs up in single precision.
     assert_same_training(folder / "trainer-2.safetensors", folder / "trainer-1.safetensors", of_losses=1e-6)
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_generates_ends(folder):
+def test_an_evaluation_that_generates_ends(one_and_two):
     """Seven pairs for two processes, whose outputs end at different lengths."""
-    one, two = (json.loads((folder / f"scores-{processes}.json").read_text()) for processes in (1, 2))
+    one, two = (json.loads((one_and_two / f"scores-{processes}.json").read_text()) for processes in (1, 2))
     assert one == two
     assert one["rows"] == 7
 
@@ -161,6 +168,13 @@ def test_one_process_told_to_stop_stops_both(folder, way):
     assert any((whole / "checkpoint-5").glob("pytorch_model_fsdp_0/__1_*.distcp")) == (way == "fsdp")
     config = json.loads((stopped / "config.json").read_text())
     assert config["auto_map"]["AutoModelForSeq2SeqLM"] == "modeling_dragoman.DragomanForConditionalGeneration"
+
+
+@pytest.mark.slow
+def test_one_process_told_to_stop_in_an_evaluation_stops_both(folder):
+    for rank in (0, 1):
+        assert "stopped and saved after step 3;" in (folder / "ddp" / f"evaluating-{rank}.txt").read_text()
+    assert [one.name for one in complete_checkpoints(folder / "ddp" / "evaluating")] == ["checkpoint-3"]
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def evaluate(
 ) -> None:
     """Translate a data set, write the predictions and their scores, and print the table of the strategies.
 
-    Every argument of generate() is an option too and holds for all strategies: --max-new-tokens 80.
+    The arguments of generate() listed below hold for all strategies: --max-new-tokens 80.
     """
     from rich.console import Console
 

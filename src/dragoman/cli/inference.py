@@ -70,7 +70,7 @@ def generate(
 ) -> None:
     """Turn lines on standard input into lines on standard output, in the same order; an empty line stays empty.
 
-    Every argument of Transformers' generate() is an option too, with its name in hyphens: --num-beams, --do-sample,
+    The arguments of Transformers' generate() are options too, with their names in hyphens: --num-beams, --do-sample,
     --max-new-tokens, --repetition-penalty and so on. What is not given is as the model was saved.
 
     The input may be larger than memory. Under "accelerate launch" all processes share one input and one output.
@@ -232,7 +232,7 @@ def attention(
 ) -> None:
     """Show where a model looks: word alignments as text, and a map of the attention weights with --out.
 
-    Every argument of generate() is an option too, for the output that is decoded: --num-beams 1.
+    The arguments of generate() are options too, for the output that is decoded: --num-beams 1.
     """
     from dragoman.inference.attention_maps import alignment_text, attention_map
     from dragoman.inference.loading import load

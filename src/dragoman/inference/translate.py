@@ -142,6 +142,7 @@ def translate_stream(
     for name, limit in limits.items():
         if limit is not None and limit < 1:
             raise ValueError(f"{name} is {limit}; it must be at least 1")
+    generation_arguments = {name: value for name, value in generation_arguments.items() if value is not None}
     check_generation_arguments(model, generation_arguments, num_return_sequences)
     first_tokens = _first_tokens(model, processing_class, sentences, target_lang, generation_arguments)
     encoded = _encode(model, processing_class, sentences, window, source_lang, source_prefix)

@@ -113,8 +113,9 @@ def _kept_bytes(model: PreTrainedModel, arguments: Any, rows: int, source_length
         return tensor
 
     # Of no meaning, but no padding either: a fresh model takes as much memory for one token as for another.
-    source = torch.full((rows, source_length), model.config.eos_token_id, device=device)
-    labels = torch.full((rows, target_length), model.config.eos_token_id, device=device)
+    token = int(model.config.pad_token_id == 0)
+    source = torch.full((rows, source_length), token, device=device)
+    labels = torch.full((rows, target_length), token, device=device)
     precision = torch.bfloat16 if arguments.bf16 else torch.float16
     autocast = torch.autocast(device.type, precision, enabled=arguments.bf16 or arguments.fp16)
     cuda_devices = [device] if device.type == "cuda" else []

@@ -229,10 +229,10 @@ def build_model(
         settings.setdefault(argument, language_id(tokenizer, target_languages[0]))
     elif argument == "forced_bos_token_id" and target_languages:
         settings.setdefault(argument, None)  # what a checkpoint has saved is one of them
-    length = math.ceil(LENGTH_MARGIN * longest_target) + 1  # + 1: the start token
     start = experiment.model.get("from_pretrained")
     if start is not None:
         config = experiment.model_config()
+        length = _longest_output(longest_target, config)
         check_token_ids(settings, config.vocab_size, "generation.")
         with one_sentence_for_damaged_weights(folder := model_folder(start)):
             model = AutoModelForSeq2SeqLM.from_pretrained(folder, config=config, dtype=torch.float32)
@@ -251,11 +251,18 @@ def build_model(
         check_token_ids(settings, len(target), "generation.")
         model, special_ids = _fresh_model(experiment, source, target)
         if "max_new_tokens" not in settings:
-            settings.setdefault("max_length", length)
+            settings.setdefault("max_length", _longest_output(longest_target, model.config))
         model.generation_config = GenerationConfig(**special_ids, **settings)
     # Tied weights are saved once. Named here, the Trainer does not take them for missing when it reloads a checkpoint.
     model._keys_to_ignore_on_save.update(model.all_tied_weights_keys)
     return model
+
+
+def _longest_output(longest_target: int, config: Any) -> int:
+    """Where `generate()` gives up by default: well after the longest target, but not beyond learned positions."""
+    length = math.ceil(LENGTH_MARGIN * longest_target) + 1  # + 1: the start token
+    is_learned = getattr(config, "position_embedding_type", None) == "learned"
+    return min(length, config.max_position_embeddings) if is_learned else length
 
 
 def _fresh_model(experiment: Experiment, source: Any, target: Any) -> tuple[PreTrainedModel, dict[str, int]]:
@@ -360,7 +367,7 @@ class _Companion(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.saved_step = state.global_step
-        if self.interrupted:
+        if self.hears_stop(args):  # asked again: a signal in the evaluation of an epoch's end comes to one process
             # Raised rather than control.should_training_stop, which would first run the evaluation of an epoch's end
             # and so make the resumed run differ from an uninterrupted one.
             self.stop(state)
@@ -508,7 +515,7 @@ def _check_inputs(output: Path, experiment: Experiment) -> None:
                 if path is not None and not str(path).startswith(EMBEDDED_PREFIX):
                     inputs[f"{section}.{key}" + f"[{number}]" * isinstance(value, list)] = path
     for name, path in inputs.items():
-        if Path(path).resolve().is_relative_to(output.resolve()):
+        if Path(path).expanduser().resolve().is_relative_to(output.resolve()):
             raise ValueError(f"--overwrite would delete {path} ({name}), which lies in {output}: choose another folder")
 
 

@@ -1,5 +1,6 @@
 """The few things about training that no public hook of the stock trainer reaches."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -203,7 +204,8 @@ class DurableTrainer(Seq2SeqTrainer):
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        if self.divergence is not None and not self.args.fp16:  # its scaler meets infinite gradients and goes on
+        scaler_goes_on = self.args.fp16 and not math.isfinite(norm)  # it leaves the step out and scales less
+        if self.divergence is not None and not scaler_goes_on:
             self.divergence.check(float(norm), self.state.global_step + 1, self._get_learning_rate())
         return norm
 

@@ -112,8 +112,8 @@ class Divergence:
 
 class Samples:
     """
-    What the model makes of the first validation sources, at each evaluation: said, kept in `samples.jsonl`, and shown
-    by TensorBoard where the run reports to it.
+    What the model makes of the validation sources that come first, at each evaluation: said, kept in `samples.jsonl`,
+    and shown by TensorBoard where the run reports to it.
 
     Args:
         say: prints a line.
