@@ -164,19 +164,39 @@ SMALL = {
 }  # fmt: skip
 
 
+RECIPES = dict.fromkeys(("bart", "marian"), {"learning_rate": 5e-4, "warmup_steps": 0.1})
+RECIPES["transformer_2017"] = {"learning_rate": 7e-4, "warmup_steps": 0.1}
+
+
+def test_a_preset_brings_its_recipe(tmp_path):
+    """In place of what a file says about training another architecture, but not of what the command line says."""
+    path = write_experiment(tmp_path)
+    text = path.read_text()
+    assert load_experiment(path, ["model.preset=marian"]).training.learning_rate == 5e-4
+    changed = load_experiment(path, ["model.preset=marian", "training.learning_rate=2e-3"])
+    assert (changed.training.learning_rate, changed.training.warmup_steps) == (2e-3, 0.1)
+    assert load_experiment(path, ["model.preset=modern"]).training.learning_rate == 1e-2
+    path.write_text(text.replace("preset: modern", "preset: marian"))
+    written = load_experiment(path)
+    assert (written.training.learning_rate, written.training.warmup_steps) == (1e-2, 0.1)
+    written.save(tmp_path / "again.yaml")
+    assert load_experiment(tmp_path / "again.yaml").training.warmup_steps == 0.1
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_learns_by_default(tmp_path, name):
-    """30 steps of the default recipe on one batch, at small sizes: the loss falls, and never rises much on the way."""
+    """60 steps of the default recipe on one batch, at small sizes: the loss falls, and never rises much on the way."""
     path = write_experiment(tmp_path)
     sizes = {**SMALL[preset(name).model_type], "dropout": 0.1}
     text = path.read_text().replace("  learning_rate: 0.01\n", "")
     path.write_text(text[: text.index("model:")] + text[text.index("tokenizer:") :])
     model = [f"model.preset={name}", *(f"model.{key}={value}" for key, value in sizes.items())]
-    experiment = load_experiment(path, [*ALONE, *model, "training.max_steps=30", EVERY_PAIR])
-    assert experiment.training.learning_rate == 1e-3
+    experiment = load_experiment(path, [*ALONE, *model, "training.max_steps=60", EVERY_PAIR])
+    recipe = {"learning_rate": 1e-3, "warmup_steps": 0.05, **RECIPES.get(name, {})}
+    assert {key: getattr(experiment.training, key) for key in recipe} == recipe
     output = train(experiment)
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     losses = [log["loss"] for log in history if "loss" in log]
-    assert len(losses) == 30
+    assert len(losses) == 60
     assert losses[-1] < 0.95 * losses[0]
     assert max(losses) < 1.1 * losses[0]

@@ -270,8 +270,9 @@ class Experiment:
 def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
     """Read a YAML file, apply overrides such as `training.learning_rate=2e-3` (values are YAML too), check it all.
 
-    The override `model.preset=NAME` takes the place of the file's whole model section, `model.from_pretrained=PATH` of
-    its tokenizer section too, and `training.max_tokens_per_batch=N` of its batch size and sampling strategy.
+    The override `model.preset=NAME` takes the place of the file's whole model section and of what the preset says about
+    training, `model.from_pretrained=PATH` of its tokenizer section too, and `training.max_tokens_per_batch=N` of its
+    batch size and sampling strategy.
 
     Raises:
         FileNotFoundError: the file does not exist, or the checkpoint to start from.
@@ -296,6 +297,11 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         for key in _WITHOUT_BUDGET:
             if ("training", key) not in keys_changed:
                 sections["training"].pop(key, None)
+
+    for key, value in _recipe_of_preset(sections["model"]).items():
+        replaces = ("model", "preset") in keys_changed and ("training", key) not in keys_changed
+        if replaces or key not in sections["training"]:
+            sections["training"][key] = value
 
     def where(section: str, key: str) -> str:
         return "override: " if (section, key) in keys_changed else f"{path}: "
@@ -357,7 +363,7 @@ def _checked_model(given: dict[str, Any], where: Callable[[str, str], str]) -> d
         return _checked_checkpoint(given, where)
     keys = {key: value for key, value in given.items() if key != "preset"}
     if "preset" in given:
-        keys = _read_preset(str(given["preset"]), where("model", "preset")) | keys
+        keys = _read_preset(str(given["preset"]), where("model", "preset"))[0] | keys
     keys = {"model_type": "dragoman"} | keys
     config_class = _config_class(keys["model_type"], where("model", "model_type"))
     hints = get_type_hints(config_class, localns={"torch": torch})  # transformers imports it for type checkers only
@@ -458,7 +464,7 @@ def preset(name: str, **overrides: Any) -> PreTrainedConfig:
     Raises:
         ValueError: no such preset, an unknown field, or a combination that the configuration class refuses.
     """
-    keys = _read_preset(name, "")
+    keys, _ = _read_preset(name, "")
     config_class = _config_class(keys["model_type"], f"preset {name}: ")
     for key in overrides:
         check_key(key, _config_keys(config_class), f"preset {name}: ")
@@ -474,11 +480,19 @@ def _presets_folder() -> Traversable:
     return resources.files("dragoman") / "configs" / "models"
 
 
-def _read_preset(name: str, where: str) -> dict[str, Any]:
+def _recipe_of_preset(model: dict[str, Any]) -> dict[str, Any]:
+    """What goes into the section `training` with the preset of a model section, if there is one."""
+    name = model.get("preset")
+    return _read_preset(name, "")[1] if name in preset_names() else {}
+
+
+def _read_preset(name: str, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of the model, and those of `training` for which the model needs other values than the usual ones."""
     if name not in preset_names():
         names = preset_names()
         raise ValueError(f"{where}no preset {name!r}; the nearest is {nearest(name, names)!r}, all: {', '.join(names)}")
-    return parse_mapping((_presets_folder() / f"{name}.yaml").read_text(encoding="utf-8"), f"preset {name}")
+    keys = parse_mapping((_presets_folder() / f"{name}.yaml").read_text(encoding="utf-8"), f"preset {name}")
+    return keys, keys.pop("training", {})
 
 
 def _config_class(model_type: Any, where: str) -> type[PreTrainedConfig]:
