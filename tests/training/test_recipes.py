@@ -164,8 +164,11 @@ SMALL = {
 }  # fmt: skip
 
 
-RECIPES = dict.fromkeys(("bart", "marian"), {"learning_rate": 5e-4, "warmup_steps": 0.1})
-RECIPES["transformer_2017"] = {"learning_rate": 7e-4, "warmup_steps": 0.1}
+RECIPES = {
+    "bart": {"learning_rate": 5e-4, "warmup_steps": 0.1},
+    "marian": {"learning_rate": 5e-4, "warmup_steps": 0.1},
+    "transformer_2017": {"learning_rate": 7e-4, "warmup_steps": 0.1},
+}
 
 
 def test_a_preset_brings_its_recipe(tmp_path):
