@@ -73,6 +73,8 @@ class OnnxModel:
         start = self.settings["decoder_start_token_id"]
         prompt = np.full((len(ids), 1), start) if decoder_input_ids is None else np.asarray(decoder_input_ids)
         prompt = prompt.astype(np.int64)
+        if (prompt[:, 0] != start).all():  # as Transformers does
+            prompt = np.insert(prompt, 0, start, axis=1)
         if settings["max_new_tokens"] is None:
             settings["max_new_tokens"] = settings["max_length"] - prompt.shape[1]
         if settings["max_new_tokens"] < 1:

@@ -166,6 +166,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def rows_at_a_time(vocab_size: int) -> int:
+    """Positions whose logits are in memory together."""
     return max(LOGITS_AT_A_TIME // vocab_size, FEWEST_ROWS_AT_A_TIME)
 
 
