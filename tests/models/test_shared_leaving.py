@@ -1,12 +1,23 @@
 """Finished sentences leave the batch: the same tokens as from the host's loops, which run where they must."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LogitsProcessor, LogitsProcessorList, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from conftest import BOS, EOS, FAMILIES, PAD, B, Family, V, make_batch
+from conftest import BOS, EOS, FAMILIES, PAD, B, Family, V, family, make_batch
 from dragoman.models import decoding_steps, generation, modeling_dragoman, offline_search
 from dragoman.models.pipeline_dragoman import ForcedFirstTokens
 
@@ -320,11 +331,96 @@ def test_hooks_and_replaced_forwards_are_not_passed_over():
     assert torch.equal(model.generate(**source(), max_new_tokens=6), expected)
 
 
+def in_place_of(module, forward):
+    """The module with a class of its own, a subclass that only has another `forward`."""
+    own = type(module)
+    module.__class__ = type(f"My{own.__name__}", (own,), {"forward": lambda self, *a, **k: forward(own, self, *a, **k)})
+
+
+def turned(own, self, *args, **kwargs):
+    """A `forward` with other outputs."""
+    outputs = own.forward(self, *args, **kwargs)
+    if isinstance(outputs, tuple):
+        return -outputs[0], *outputs[1:]
+    if torch.is_tensor(outputs):
+        return -outputs
+    outputs["logits" if "logits" in outputs else "last_hidden_state"].neg_()
+    return outputs
+
+
+PARTS = {
+    "": lambda model: model,
+    "model": lambda model: model.model,
+    "decoder": lambda model: model.model.decoder,
+    "relative_bias": lambda model: model.model.decoder.relative_bias,
+    "layer": lambda model: model.model.decoder.layers[1],
+    "self_attn": lambda model: model.model.decoder.layers[1].self_attn,
+    "cross_attn": lambda model: model.model.decoder.layers[1].cross_attn,
+    "mlp": lambda model: model.model.decoder.layers[1].mlp,
+    "up_proj": lambda model: model.model.decoder.layers[1].mlp.up_proj,
+    "lm_head": lambda model: model.lm_head,
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_forward_of_a_subclass_counts_at_every_token(name):
+    model = copy.deepcopy(build(family("relative")))
+    arguments = {**source(), "max_new_tokens": 8, "eos_token_id": None}
+    before = model.generate(**arguments)
+    in_place_of(PARTS[name](model), turned)
+    for settings in ({}, {"num_beams": 3}):
+        found = model.generate(**arguments, **settings)
+        assert torch.equal(found, by_the_host(pytest.MonkeyPatch.context, model, **arguments, **settings))
+        assert not torch.equal(found, before)
+
+
+def test_substitutes_for_modules_are_called():
+    model = FAMILIES[0].build(eos_token_id=None)
+    expected = model.generate(**source(), max_new_tokens=6)
+    layers = model.model.decoder.layers
+    layers[0].mlp = torch.nn.Sequential(layers[0].mlp, torch.nn.Identity())
+    assert torch.equal(model.generate(**source(), max_new_tokens=6), expected)
+
+
+def test_inputs_of_a_subclass_count_at_every_token():
+    """Here it hides what came before."""
+
+    class Forgetful(modeling_dragoman.DragomanForConditionalGeneration):
+        def prepare_inputs_for_generation(self, input_ids, **kwargs):
+            return {**super().prepare_inputs_for_generation(input_ids, **kwargs), "past_key_values": None}
+
+    model = FAMILIES[0].build(eos_token_id=None)
+    arguments = {**source(), "max_new_tokens": 6}
+    before, model.__class__ = model.generate(**arguments), Forgetful
+    found = model.generate(**arguments)
+    assert torch.equal(found, by_the_host(pytest.MonkeyPatch.context, model, **arguments))
+    assert not torch.equal(found, before)
+
+
+def test_steps_stay_lean_for_copies_of_the_code_and_subclasses_that_add_to_it(tmp_path):
+    model = FAMILIES[0].build()
+    model.save_pretrained(tmp_path)
+    name = "modeling_dragoman.DragomanForConditionalGeneration"
+    loaded = get_class_from_dynamic_module(name, tmp_path).from_pretrained(tmp_path)
+    assert type(loaded) is not type(model)
+    model.__class__ = type("Mine", (type(model),), {"number": 1})
+    for one in (model, loaded):
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        steps = one.decoding_steps(source()["input_ids"], {"use_cache": True, "past_key_values": cache}, 1)
+        assert type(steps).__name__ == "TransformerSteps"
+
+
 def test_dropout_in_training_mode_is_kept():
-    model = FAMILIES[0].build(dropout=0.5).train()
+    model = FAMILIES[0].build(dropout=0.5, activation_dropout=0.5).train()
     torch.manual_seed(0)
     one = model.generate(**source(), max_new_tokens=8, eos_token_id=None)
     assert not torch.equal(one, model.generate(**source(), max_new_tokens=8, eos_token_id=None))
+    model.eval().model.decoder.layers[1].mlp.dropout.train()  # alone, as Monte Carlo dropout has it
+    torch.manual_seed(0)
+    one = model.generate(**source(), max_new_tokens=8, eos_token_id=None)
+    torch.manual_seed(0)
+    stock = by_the_host(pytest.MonkeyPatch.context, model, **source(), max_new_tokens=8, eos_token_id=None)
+    assert torch.equal(one, stock)
 
 
 def test_changed_weights_count_at_once():
@@ -341,8 +437,8 @@ def test_changed_weights_count_at_once():
 
 def test_outputs_of_the_encoder_may_be_given():
     """Encoder outputs of the caller's own, for rows that end at different steps."""
-    for family in FAMILIES:
-        model, arguments = build(family), source(rows=7)
+    for one in FAMILIES:
+        model, arguments = build(one), source(rows=7)
         encoder_outputs = model.get_encoder()(**arguments)
         given = model.generate(encoder_outputs=encoder_outputs, attention_mask=arguments["attention_mask"], num_beams=3)
         assert torch.equal(given, model.generate(**arguments, num_beams=3))

@@ -325,11 +325,10 @@ def can_be_lean(model, model_kwargs: dict[str, Any]) -> bool:
     return (
         model_kwargs["use_cache"]
         and isinstance(cache, EncoderDecoderCache)
-        and not model.training
         and (mask is None or mask.ndim == 2)
         and model.config._attn_implementation in ("eager", "sdpa")
         and model.config.attention_direction == "bidirectional"
-        and not any(is_watched(module) for module in model.modules())
+        and not any(module.training or is_watched(module) for module in model.modules())
     )
 
 

@@ -594,9 +594,26 @@ class DragomanForConditionalGeneration(LanguageModelHead, DragomanPreTrainedMode
         return super().prepare_decoder_input_ids_from_labels(labels)
 
     def decoding_steps(self, prompt, model_kwargs, g: int, *, with_states: bool = False, tree: bool = True):
-        if can_be_lean(self, model_kwargs):
+        if self.is_of_this_file() and can_be_lean(self, model_kwargs):
             return TransformerSteps(self, prompt, model_kwargs, g, with_states, tree)
         return ForwardSteps(self, prompt, model_kwargs, g, with_states)
+
+    def is_of_this_file(self) -> bool:
+        """Whether what a lean step does not call is what this file says, and nobody's subclass or substitute."""
+        names = ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "target_arguments")
+        return (
+            all(getattr(type(self), name) is getattr(DragomanForConditionalGeneration, name) for name in names)
+            and type(self.model) is DragomanModel
+            and type(self.model.decoder) is DragomanDecoder
+            and type(self.model.decoder.relative_bias) in (RelativePositionBias, type(None))
+            and all(
+                type(layer) is DragomanDecoderLayer
+                and type(layer.self_attn) is DragomanSelfAttention
+                and type(layer.cross_attn) is DragomanCrossAttention
+                and type(layer.mlp) in (DragomanMLP, DragomanGatedMLP)
+                for layer in self.model.decoder.layers
+            )
+        )
 
     def _prepare_text_encoder_decoder_kwargs_for_generation(self, *, inputs_tensor, model_kwargs, **arguments):
         """
