@@ -306,6 +306,14 @@ def test_stock_arguments_survive(model, batch):
     assert generate(model, batch, max_length=4, eos_token_id=None).shape[1] == 4
 
 
+def test_sources_without_a_mask_are_counted(model, batch):
+    outputs = model.get_encoder()(input_ids=batch["input_ids"])
+    expected = model.generate(batch["input_ids"], num_beams=3)
+    assert torch.equal(model.generate(encoder_outputs=outputs.to_tuple(), num_beams=3), expected)
+    with pytest.raises(ValueError, match="1 target rows cannot share the 3 sources of encoder_outputs evenly"):
+        model.generate(batch["input_ids"][:1], encoder_outputs=outputs, num_beams=3)
+
+
 @pytest.mark.parametrize("where", ["call", "config", "model"])
 def test_contrastive_search_stops_at_strings(any_family, batch, where):
     """Wherever they are given; the host drops the tokenizer that it needs for them."""

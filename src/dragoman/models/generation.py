@@ -14,6 +14,8 @@ from transformers.generation import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 from .decoding_loops import beam_search, choose, follows_own_loop, sample, unit
 from .decoding_loops import contrastive_search as contrastive_search_for_tokens
@@ -52,6 +54,7 @@ class DragomanGenerationMixin(GenerationMixin):
     """Stock generation, plus the decoding modes that Transformers sent away, offline."""
 
     config: Any
+    encoder_output_class: type[ModelOutput] = BaseModelOutput
 
     def generate(
         self,
@@ -77,9 +80,11 @@ class DragomanGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: ids outside the vocabulary; settings that exclude each other, such as `penalty_alpha` and beams;
-                forced words for which there is no room.
+                forced words for which there is no room; rows that cannot share the sources of `encoder_outputs` evenly.
         """
         kwargs.pop("labels", None)  # Seq2SeqTrainer passes the whole batch; they decide nothing here
+        if isinstance(kwargs.get("encoder_outputs"), tuple | list):  # the host counts the sources by name
+            kwargs["encoder_outputs"] = self.encoder_output_class(*kwargs["encoder_outputs"])
         self._check_ids("input_ids", inputs if inputs is not None else kwargs.get("input_ids"))
         self._check_ids("decoder_input_ids", kwargs.get("decoder_input_ids"))
         if kwargs.get("max_new_tokens") is not None and kwargs.keys().isdisjoint({"max_length", "decoder_input_ids"}):
@@ -235,6 +240,9 @@ class DragomanGenerationMixin(GenerationMixin):
     ):
         of_source = model_kwargs.keys() & {"encoder_outputs", "attention_mask", "position_ids", "segment_ids"}
         shared = {name: model_kwargs.pop(name) for name in of_source}
+        rows, sources = len(input_ids), len(shared["encoder_outputs"][0])
+        if rows % sources:
+            raise ValueError(f"{rows} target rows cannot share the {sources} sources of encoder_outputs evenly.")
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
         )

@@ -468,6 +468,8 @@ class DragomanRnnModel(TokenTables, DragomanRnnPreTrainedModel):
 class DragomanRnnForConditionalGeneration(LanguageModelHead, DragomanRnnPreTrainedModel, DragomanGenerationMixin):
     """The model to train and to translate with: encoder, decoder and an output layer over the target vocabulary."""
 
+    encoder_output_class = DragomanRnnEncoderOutput
+
     def __init__(self, config: DragomanRnnConfig):
         super().__init__(config)
         self._tied_weights_keys = self.head_tie()
