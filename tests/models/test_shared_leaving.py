@@ -410,6 +410,15 @@ def test_steps_stay_lean_for_copies_of_the_code_and_subclasses_that_add_to_it(tm
         assert type(steps).__name__ == "TransformerSteps"
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"penalty_alpha": 0.6, "top_k": 4}], ids=str)
+def test_positions_of_one_row_hold_for_the_sources_that_stay(rows, settings):
+    model, arguments = build(family("2017")), {**source(rows=9), "max_new_tokens": 12, "use_cache": False, **settings}
+    arguments["position_ids"] = torch.arange(arguments["input_ids"].shape[1])[None] + 2
+    ours = model.generate(**arguments)
+    assert rows[-1] < rows[0] <= 9
+    assert torch.equal(ours, by_the_host(pytest.MonkeyPatch.context, model, **arguments))
+
+
 def test_dropout_in_training_mode_is_kept():
     model = FAMILIES[0].build(dropout=0.5, activation_dropout=0.5).train()
     torch.manual_seed(0)

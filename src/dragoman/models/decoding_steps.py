@@ -89,7 +89,8 @@ class ForwardSteps:
     def _select(self, rows: torch.Tensor, of_source: bool):
         for name, value in self.model_kwargs.items():
             if torch.is_tensor(value) and value.ndim and name.startswith("decoder_") != of_source:
-                self.model_kwargs[name] = value[rows]
+                holds_for_all = of_source and len(value) == 1
+                self.model_kwargs[name] = value if holds_for_all else value[rows]
         if not of_source and self.model_kwargs.get("past_key_values") is not None:
             target_side(self.model_kwargs["past_key_values"]).batch_select_indices(rows)
 
