@@ -302,6 +302,8 @@ def test_packed_pairs_equal_separate_pairs(any_transformer, implementation):
 
     with pytest.raises(ValueError, match="packed targets need packed sources"):
         model(input_ids=sources[0][None], decoder_input_ids=targets[0][None], decoder_segment_ids=numbers(targets[:1]))
+    with pytest.raises(ValueError, match="packed sources need packed targets"):
+        model(input_ids=source, decoder_input_ids=target, segment_ids=numbers(sources))
 
 
 @pytest.mark.parametrize("name", ["modern", "relative"])

@@ -61,6 +61,15 @@ def cross_mask(
         if encoder_segment_ids is None:
             raise ValueError("decoder_segment_ids are given without segment_ids: packed targets need packed sources.")
         conditions.append(_same_segment(segment_ids, encoder_segment_ids))
+    elif (
+        encoder_segment_ids is not None
+        and not torch.compiler.is_compiling()
+        and (encoder_segment_ids != encoder_segment_ids[:, :1]).any()
+    ):
+        raise ValueError(
+            "segment_ids hold several segments in a row, but there are no decoder_segment_ids: packed sources need "
+            "packed targets."
+        )
     allowed = None if not conditions else lambda *at: torch.stack([condition(*at) for condition in conditions]).all(0)
 
     finished = None

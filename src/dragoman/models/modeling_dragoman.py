@@ -456,13 +456,13 @@ class DragomanModel(TokenTables, DragomanPreTrainedModel):
             cross_attention_mask: 4-D only, (B, 1, T or 1, S); made from `attention_mask` where it is not given.
             position_ids (B, S), decoder_position_ids (B, T): counted where they are not given.
             segment_ids (B, S), decoder_segment_ids (B, T): numbers of the pairs packed into a row; attention stays
-                inside a pair.
+                inside a pair. Sources of one segment need none for their targets.
 
         Returns:
             `last_hidden_state` (B, T, D), `encoder_last_hidden_state` (B, S, D) and what was asked for.
 
         Raises:
-            ValueError: no target input; a sequence longer than the learned positions.
+            ValueError: no target input; a sequence longer than the learned positions; segments of one side alone.
         """
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError(
