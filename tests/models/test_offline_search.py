@@ -203,6 +203,8 @@ def test_automata_follow_the_last_tokens():
 def test_no_room_for_the_words(some_model, batch):
     with pytest.raises(ValueError, match="force_words_ids have 3 tokens, but max_length=3 leaves room for 2 new ones"):
         generate(some_model, batch, **FORCED, max_new_tokens=2)
+    with pytest.raises(ValueError, match="force_words_ids have 4 tokens"):  # though 5 6 7 would hold both
+        generate(some_model, batch, num_beams=3, force_words_ids=[[5, 6], [6, 7]], max_new_tokens=3)
     with pytest.raises(ValueError, match=r"only 0 of num_return_sequences=1 outputs .* another setting forbids one"):
         generate(some_model, batch, **FORCED, bad_words_ids=[[6]])
     with pytest.raises(ValueError, match="only 1 of num_return_sequences=2 outputs"):

@@ -76,7 +76,8 @@ class DragomanGenerationMixin(GenerationMixin):
 
         Diverse beam search (Vijayakumar 2016) when `num_beam_groups` > 1, with a `diversity_penalty` > 0; constrained
         beam search (Hokamp and Liu 2017, Post and Vilar 2018) when `force_words_ids` are given: `[[5, 6], [9]]` are two
-        words that have to appear among the new tokens, `[[[5, 6], [7]], [9]]` leaves the first one a choice.
+        words that have to appear among the new tokens, `[[[5, 6], [7]], [9]]` leaves the first one a choice. They need
+        room for all of them one after another, also where they could overlap.
 
         Raises:
             ValueError: ids outside the vocabulary; settings that exclude each other, such as `penalty_alpha` and beams;

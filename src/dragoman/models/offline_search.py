@@ -145,9 +145,11 @@ class ConstrainedBeamSearch:
     and Vilar 2018, there is one beam for all banks together, and banks take turns in filling it, those that need least
     first. Candidates are the best continuations, the best of each beam, and the tokens that a forced word wants next.
     A hypothesis that could not bring in the rest before `max_length` is dropped, and none may end before it has them.
+    The rest is counted as words one after another; that words may overlap is not counted on.
 
     Raises:
-        ValueError: the words are longer than `max_length` allows, or another setting forbids one of their tokens.
+        ValueError: the words, one after another, are longer than `max_length` allows, or another setting forbids one of
+            their tokens.
     """
 
     def __init__(
@@ -295,7 +297,7 @@ class ForcedWords:
         force_words_ids: a list of words, each a list of ids, or a list of such lists, its forms.
 
     Attributes:
-        total: tokens of all words together, in their shortest forms.
+        total: tokens of all words one after another, in their shortest forms.
     """
 
     def __init__(self, force_words_ids: Any, vocab_size: int, device: torch.device):
@@ -336,8 +338,8 @@ class ForcedWords:
 
     def needed(self, states: torch.Tensor) -> torch.Tensor:
         """
-        States (B, C, W) -> (B, C): as many tokens bring in the rest, one word after another. Only the word written
-        first can profit from what is already there.
+        States (B, C, W) -> (B, C): as many tokens bring in the rest, one word after another, without overlaps. Only the
+        word written first can profit from what is already there.
         """
         left = self.left(states)
         begun = ((self.shortest - left) * (left > 0)).amax(dim=2)
