@@ -75,6 +75,23 @@ def test_vocabularies_grow(any_family, batch):
     assert model.get_input_embeddings().weight.shape[0] == sources
 
 
+def test_vocabularies_of_sources_grow(any_family, batch, tmp_path):
+    model = any_family.build()
+    if model.config.source_vocab_size is None:
+        with pytest.raises(ValueError, match="share one vocabulary: use resize_token_embeddings, which resizes both"):
+            model.resize_source_token_embeddings(V + 4)
+        return
+    before, size = model(**batch).logits, model.config.source_vocab_size
+    model.resize_source_token_embeddings(size + 4)
+    assert (model.config.source_vocab_size, model.config.vocab_size) == (size + 4, V)
+    torch.testing.assert_close(model(**batch).logits, before, rtol=0, atol=1e-12)
+    model.save_pretrained(tmp_path)
+    grown = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(grown(**batch).logits, before, rtol=0, atol=1e-12)
+    batch["input_ids"][0, 0] = size + 3
+    assert grown.generate(batch["input_ids"]).shape[0] == len(batch["input_ids"])
+
+
 def test_import_lines_survive_the_trip():
     """Files travel flat: they may import siblings by one dot, and otherwise what every reader of a checkpoint has."""
     for path in MODELS.glob("*.py"):
