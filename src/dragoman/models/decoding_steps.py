@@ -63,8 +63,7 @@ class ForwardSteps:
         Tokens (B, g), and for each the number 0 to g - 1 of the row of its source that it continues (B, g) -> logits
         (B * g, V) of what follows them.
         """
-        if self.rows_per_source == 1:
-            parents = torch.zeros_like(parents)
+        parents = parents.clamp(max=self.rows_per_source - 1)  # at first there is one row to continue
         first_rows = torch.arange(len(parents), device=parents.device) * self.rows_per_source
         rows = (first_rows[:, None] + parents).flatten()
         self.rows_per_source = self.g
@@ -180,8 +179,7 @@ class TransformerSteps(ForwardSteps):
 
     def next(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
         if self.tree:
-            if self.rows_per_source == 1:
-                parents = torch.zeros_like(parents)
+            parents = parents.clamp(max=self.rows_per_source - 1)
             histories, width = tokens.shape
             visible: Any = self.visible
             visible = visible.gather(1, parents[:, :, None].expand(-1, -1, self.nodes))
