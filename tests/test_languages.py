@@ -350,12 +350,19 @@ def test_a_constant_beside_a_column(tmp_path):
         run(tmp_path, data={**paths(tmp_path), "source_lang": "en"})
 
 
-@pytest.mark.parametrize("value", [None, 3, ...])
-def test_a_row_without_a_language(value, tmp_path):
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (None, r"rows\.jsonl:2: the value of 'target_lang' is of type NoneType, not a string"),
+        (3, r"rows\.jsonl:2: the value of 'target_lang' is of type int, not a string"),
+        (..., r"rows\.jsonl: pair 2 has no text as its 'target_lang', which other"),
+    ],
+)
+def test_a_row_without_a_language(value, sentence, tmp_path):
     row = {**ROWS[1], "target_lang": value}
     if value is ...:
         del row["target_lang"]
-    with pytest.raises(ValueError, match=r"rows\.jsonl: pair 2 has no text as its 'target_lang', which other"):
+    with pytest.raises(ValueError, match=sentence):
         read_pairs(write(tmp_path / "rows.jsonl", [ROWS[0], row, ROWS[2]]))
 
 

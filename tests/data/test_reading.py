@@ -50,13 +50,40 @@ def test_parallel_files(tmp_path, streaming):
     assert pairs_of(read_pairs([source, str(target)], streaming=streaming)) == [("one", "uno"), ("two", "due")]
 
 
-def test_further_columns_are_kept(tmp_path):
+@pytest.fixture(params=[False, True])
+def large(request, tmp_path, monkeypatch):
+    """Whether files of any size are mapped from the cache."""
+    if request.param:
+        monkeypatch.setattr(reading, "LARGEST_IN_MEMORY", -1)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return request.param
+
+
+def test_further_columns_are_kept(tmp_path, large):
+    """Whichever row is the first to have them; of numbers, the type that holds them all."""
     path = tmp_path / "p.jsonl"
-    path.write_text(jsonl([ROWS[0], ROWS[1] | {"word": "w", "variants": ["x", "y"]}]), encoding="utf-8")
+    late = {"word": "w", "variants": ["x", "y"], "from": {"site": "s"}, "score": 0.5}
+    rows = [ROWS[0] | {"score": 1, "from": {"page": 7}, "note": "n"}, *[ROWS[0]] * 1500, ROWS[1] | late, ROWS[2]]
+    path.write_text(jsonl(rows), encoding="utf-8")
     dataset = read_pairs(path)
+    assert bool(dataset.cache_files) == large
     assert dataset.column_names[:2] == ["source", "target"]
-    assert dataset["word"][:] == [None, "w"]
-    assert dataset["variants"][:] == [None, ["x", "y"]]
+    assert pairs_of(dataset) == [PAIRS[0]] * 1501 + PAIRS[1:]
+    expected = {"word": "w", "variants": ["x", "y"], "from": {"site": "s", "page": None}, "score": 0.5, "note": None}
+    assert dataset[1501] == ROWS[1] | expected
+    assert dataset[1502] == ROWS[2] | dict.fromkeys(expected)
+    assert dataset[0]["from"] == {"site": None, "page": 7}
+    assert dataset["score"][:3] == [1.0, None, None]
+    assert dataset["note"][:2] == ["n", None]
+
+
+def test_a_prefix_that_one_pair_lacks(tmp_path, large):
+    path = tmp_path / "p.jsonl"
+    prefixed = ROWS[0] | {"source_prefix": "x "}
+    for number, rows in ((2, [prefixed, ROWS[0], prefixed]), (1, [*[ROWS[0]] * 1500, prefixed])):
+        path.write_text(jsonl(rows), encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"p\.jsonl: pair {number} has no text as its 'source_prefix', "):
+            read_pairs(path)
 
 
 def test_tsv_with_a_heading_keeps_its_columns(tmp_path):
@@ -119,13 +146,20 @@ def test_loaded_datasets(tmp_path):
     [
         (Dataset.from_dict({"source": ["a"], "tgt": ["b"]}), r"no column 'target' \(it has source, tgt\)"),
         (Dataset.from_dict({"source": ["a"], "target": [1]}), "column 'target' holds Value.* instead of strings"),
-        (Dataset.from_dict({"source": ["a", None], "target": ["b", "c"]}), "row 2: the value of 'source' is missing"),
+        (Dataset.from_dict({"source": ["a", None], "target": ["b", "c"]}), "pair 2 has no text as its 'source'"),
         (Dataset.from_dict({"source": [], "target": []}), "the dataset holds no pairs"),
     ],
 )
 def test_loaded_datasets_that_are_no_pairs(dataset, message):
     with pytest.raises(ValueError, match=message):
         read_pairs(dataset)
+
+
+def test_rows_that_were_not_selected_do_not_matter():
+    dataset = Dataset.from_dict({"source": ["a", None, "c"], "target": ["x", "y", None]})
+    assert pairs_of(read_pairs(dataset.select([0]))) == [("a", "x")]
+    with pytest.raises(ValueError, match="pair 2 has no text as its 'target'"):
+        read_pairs(dataset.select([0, 2]))
 
 
 def test_a_stream_of_a_loaded_dataset_checks_its_rows():
@@ -164,10 +198,12 @@ def test_malformed_files(tmp_path, name, content, message, streaming):
     assert "\n" not in str(caught.value), "one sentence"
 
 
-def test_mixed_types_in_a_further_column(tmp_path):
+@pytest.mark.parametrize("between", [0, 1500])
+@pytest.mark.parametrize("other", ["one", 2**70])
+def test_mixed_types_in_a_further_column(tmp_path, large, between, other):
     path = tmp_path / "p.jsonl"
-    path.write_text(jsonl([ROWS[0] | {"id": 1}, ROWS[0] | {"id": "one"}]), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"p\.jsonl: an extra column holds values of more than one type"):
+    path.write_text(jsonl([ROWS[0] | {"id": 1}, *[ROWS[0]] * between, ROWS[0] | {"id": other}]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"p\.jsonl: an extra column holds values that fit no single type \("):
         read_pairs(path)
 
 
@@ -279,7 +315,7 @@ def test_large_files_are_mapped_from_a_cache_of_their_content(tmp_path, monkeypa
     assert encoded.cache_files
     again, _ = encode_pairs(read_pairs(path), train_tokenizer(["uno due"], kind="word"))
     assert again.cache_files == encoded.cache_files
-    assert len(calls) == 1
+    assert len(calls) == 2, "once for the columns, once for the rows"
     path.write_text("uno due\tdue due\n" * 3)
     assert read_pairs(path)["target"] == ["due due"] * 3
     path.write_text("no tab\n" * 3)

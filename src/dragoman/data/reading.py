@@ -16,13 +16,15 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any, TypeAlias, cast
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, IterableDataset, Value, concatenate_datasets, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, IterableDataset, Value, concatenate_datasets, config, load_from_disk
+from datasets.utils import tqdm
 
 
 logger = logging.getLogger(__name__)
@@ -184,44 +186,55 @@ def _pairs_of_rows(shards: list[tuple[Path, ...]], columns: tuple[str, str], str
     """Read files: each shard is one file of pairs, or the two halves of parallel text.
 
     What is large goes through the cache of `datasets` on the disk, once for each content of the files, and is mapped
-    into memory from there.
+    into memory from there. Either way the columns are those of all rows together.
     """
     if streaming:
         # A list is dealt out to processes and workers, and shuffled, by shards.
         return IterableDataset.from_generator(_rows, gen_kwargs={"shards": shards, "columns": columns})
     files = [path for shard in shards for path in shard]
-    if sum(path.stat().st_size for path in files) > LARGEST_IN_MEMORY:
-        content = tuple(_digest(path) for path in files)
-        try:
-            return cast(
-                Dataset,
-                Dataset.from_generator(_rows, gen_kwargs={"shards": shards, "columns": columns, "content": content}),
-            )
-        except DatasetGenerationError as error:
-            raise (error.__cause__ if isinstance(error.__cause__, ValueError) else error) from None
-    table: dict[str, list[Any]] = {"source": [], "target": []}
-    for count, row in enumerate(_rows(shards, columns)):
-        for name in row.keys() - table.keys():
-            table[name] = [None] * count
-        for name, values in table.items():
-            values.append(row.get(name))
-    for name in SETTING_COLUMNS:
-        missing = [row + 1 for row, value in enumerate(table.get(name, ())) if not isinstance(value, str)]
-        if missing:
-            raise ValueError(f"{files[0]}: pair {missing[0]} has no text as its {name!r}, which other pairs have")
     try:
-        return Dataset.from_dict(table)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"{files[0]}: an extra column holds values of more than one type ({error})") from error
+        if sum(path.stat().st_size for path in files) > LARGEST_IN_MEMORY:
+            dataset = _mapped(shards, columns)
+        else:
+            dataset = Dataset(pa.concat_tables(_tables(shards, columns), promote_options="permissive"))
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        raise ValueError(f"{files[0]}: an extra column holds values that fit no single type ({error})") from error
+    return _checked(dataset, str(files[0]))
 
 
-def _rows(
-    shards: list[tuple[Path, ...]], columns: tuple[str, str], content: tuple[str, ...] = ()
-) -> Iterator[dict[str, Any]]:
-    """Yield checked rows `{"source": str, "target": str, ...}` of files of pairs, or of parallel text files.
+def _mapped(shards: list[tuple[Path, ...]], columns: tuple[str, str]) -> Dataset:
+    """Files read into the cache. Twice: any row may be the first with a column, or the first to tell its type."""
+    content = repr((shards, columns, [_digest(path) for paths in shards for path in paths]))
+    key = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    file = Path(config.HF_DATASETS_CACHE) / "dragoman" / key / "pairs.arrow"
+    if not file.exists():
 
-    `content` says nothing here; it tells the cache of `datasets` one state of the files from another.
-    """
+        def tables(what: str) -> Iterable[pa.Table]:
+            return tqdm(_tables(shards, columns), desc=what, unit=" thousand pairs")
+
+        schemas = dict.fromkeys(table.schema for table in tables("Checking pairs"))
+        schema = pa.unify_schemas(list(schemas), promote_options="permissive")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=file.parent) as scratch:
+            unfinished = Path(scratch) / file.name
+            with pa.ipc.new_stream(unfinished, schema) as writer:
+                for table in tables("Reading pairs"):
+                    whole = pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
+                    writer.write_table(whole)
+            unfinished.replace(file)
+    return Dataset.from_file(str(file))
+
+
+def _tables(shards: list[tuple[Path, ...]], columns: tuple[str, str]) -> Iterator[pa.Table]:
+    """The rows of files, some at a time, each time with the columns that these have."""
+    rows = _rows(shards, columns)
+    while some := list(islice(rows, 1000)):
+        names = dict.fromkeys(name for row in some for name in row)
+        yield pa.table({name: [row.get(name) for row in some] for name in names})
+
+
+def _rows(shards: list[tuple[Path, ...]], columns: tuple[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield checked rows `{"source": str, "target": str, ...}` of files of pairs, or of parallel text files."""
     for paths in shards:
         rows = _parallel_rows(*paths) if len(paths) == 2 else _formats(paths[0])(paths[0], columns)
         empty = True
@@ -333,19 +346,26 @@ def _pairs_of_dataset(dataset: Pairs, where: str, columns: tuple[str, str], stre
         )
     if len(dataset) == 0:
         raise ValueError(f"{where} holds no pairs")
-    for column in ("source", "target", *(name for name in SETTING_COLUMNS if name in dataset.column_names)):
-        field = dataset.features[column]
-        if not isinstance(field, Value) or field.dtype not in ("string", "large_string"):
-            raise ValueError(f"{where}: the column {column!r} holds {field} instead of strings")
-        values = dataset.data.column(column)
-        if values.null_count:
-            row = next(index for index, value in enumerate(dataset[column]) if value is None)
-            raise ValueError(f"{where}, row {row + 1}: the value of {column!r} is missing")
+    _checked(dataset, where)
     return dataset.to_iterable_dataset() if streaming else dataset
 
 
+def _checked(dataset: Dataset, where: str) -> Dataset:
+    """Refuse anything but text in the columns that pairs are made of. By Arrow, which need not load them."""
+    for name in ("source", "target", *(name for name in SETTING_COLUMNS if name in dataset.column_names)):
+        field = dataset.features[name]
+        if not isinstance(field, Value) or field.dtype not in ("string", "large_string"):
+            raise ValueError(f"{where}: the column {name!r} holds {field} instead of strings")
+        if dataset.data.column(name).null_count:  # maybe in rows that were not selected
+            values = dataset.select_columns(name).with_format("arrow")[:][name]
+            row = pc.index(pc.is_null(values), True).as_py()
+            if row >= 0:
+                raise ValueError(f"{where}: pair {row + 1} has no text as its {name!r}, which other pairs have")
+    return dataset
+
+
 def _named_pair(row: Mapping[str, Any], columns: tuple[str, str], where: str) -> dict[str, Any]:
-    """Rename the two columns to `source` and `target`, in front of all others, and check that they are strings."""
+    """Rename the two columns to `source` and `target`, in front of all others; they and the settings are strings."""
     pair = {}
     for name, column in zip(("source", "target"), columns, strict=True):
         value: Any = row
@@ -356,6 +376,9 @@ def _named_pair(row: Mapping[str, Any], columns: tuple[str, str], where: str) ->
         if not isinstance(value, str):
             raise ValueError(f"{where}: the value of {column!r} is of type {type(value).__name__}, not a string")
         pair[name] = value
+    for name in SETTING_COLUMNS:
+        if name in row and not isinstance(row[name], str):
+            raise ValueError(f"{where}: the value of {name!r} is of type {type(row[name]).__name__}, not a string")
     used = {column.split(".")[0] for column in columns}
     return pair | {name: value for name, value in row.items() if name not in used | {"source", "target"}}
 
