@@ -17,7 +17,7 @@ import dragoman.cli
 from conversion.stock import TOKENIZERS
 from dragoman.data.collators import encode_pairs
 from dragoman.data.languages import encode_texts, languages
-from dragoman.data.reading import read_pairs
+from dragoman.data.reading import read_pairs, with_settings
 from dragoman.data.tokenizers import build_tokenizer, load_tokenizer, source_and_target_tokenizer, train_tokenizer
 from dragoman.evaluation import evaluate_model
 from dragoman.inference.loading import load
@@ -348,6 +348,9 @@ def paths(folder: Path) -> dict[str, str]:
 def test_a_constant_beside_a_column(tmp_path):
     with pytest.raises(ValueError, match=r"data\.train has a column 'source_lang', so a source_lang for all of it"):
         run(tmp_path, data={**paths(tmp_path), "source_lang": "en"})
+    stream = read_pairs(write(tmp_path / "rows.jsonl", [*without_languages()[:1], *ROWS]), streaming=True)
+    with pytest.raises(ValueError, match=r"data\.train has a column 'target_lang', so a target_lang for all of it"):
+        list(with_settings(stream, "data.train", source_lang=None, target_lang="it", source_prefix=None))
 
 
 @pytest.mark.parametrize(

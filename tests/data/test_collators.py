@@ -1,13 +1,14 @@
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from transformers import BartConfig, BartForConditionalGeneration
 
 import dragoman
 from conftest import V
 from dragoman.data import collators
 from dragoman.data.collators import Seq2SeqCollator, encode_pairs
-from dragoman.data.tokenizers import build_tokenizer, train_tokenizer
+from dragoman.data.tokenizers import SPECIAL_TOKENS, build_tokenizer, train_tokenizer
 
 
 # Word tokenizers: a text of n words has n + 1 tokens.
@@ -41,11 +42,41 @@ def test_encoded_pairs(streaming, joint):
     assert str(report) == "kept 4 of 4 pairs"
 
 
-def test_a_row_of_a_stream_without_the_prefix_of_the_others():
-    rows = [{"source": "one", "target": "uno", "source_prefix": prefix} for prefix in ("two ", None)]
-    encoded, _ = encode_pairs(Dataset.from_list(rows).to_iterable_dataset(), build())
-    with pytest.raises(ValueError, match="pair 2 has no source_prefix, which other pairs have"):
-        list(encoded)
+def stream_of(rows):
+    def part(numbers):
+        return (rows[number] for number in numbers)
+
+    return IterableDataset.from_generator(part, gen_kwargs={"numbers": list(range(len(rows)))})
+
+
+def test_a_stream_of_which_later_rows_have_further_columns():
+    """The rows of its files, of those of one process, and of a stream that goes on: token ids and nothing else."""
+    pairs = [*PAIRS, ("", "tre"), *PAIRS[::-1]]
+    rows = [{"source": source, "target": target} for source, target in pairs]
+    rows[1]["note"], rows[6]["id"] = "n", 7
+    tokenizer = build()
+    expected = list(encode_pairs(dataset_of([pair for pair in pairs if pair[0]]), tokenizer)[0])
+    encoded, report = encode_pairs(stream_of(rows), tokenizer, empty="drop")
+    assert list(encoded) == expected
+    assert str(report) == "kept 8 of 9 pairs; dropped 1: 1 with an empty source"
+    shares = [list(split_dataset_by_node(encoded, rank, 3)) for rank in range(3)]
+    assert sorted((row for share in shares for row in share), key=str) == sorted(expected, key=str)
+    assert [len(share) for share in shares] == [3, 2, 3]
+    begun = iter(encoded)
+    first = [next(begun) for _ in range(3)]
+    encoded.load_state_dict(encoded.state_dict())
+    assert first + list(encoded) == expected
+
+
+@pytest.mark.parametrize("between", [0, 1500])
+def test_a_row_of_a_stream_without_the_prefix_of_the_others(between):
+    bare, prefixed = {"source": "one", "target": "uno"}, {"source": "one", "target": "uno", "source_prefix": "two "}
+    tokenizer = build()
+    for rows, number in (([prefixed] * (between + 1) + [bare], between + 2), ([bare] * (between + 1) + [prefixed], 1)):
+        encoded, _ = encode_pairs(stream_of(rows), tokenizer)
+        with pytest.raises(ValueError, match=f"pair {number} has no source_prefix, which other pairs have"):
+            list(encoded)
+        assert len(build_tokenizer(stream_of(rows), kind="word")) == len(SPECIAL_TOKENS) + 3, "one, two and uno"
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -16,7 +16,7 @@ from datasets import IterableDataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from dragoman.data.languages import Side, check_language, encode_texts
-from dragoman.data.reading import Pairs
+from dragoman.data.reading import SETTING_COLUMNS, Pairs
 from dragoman.data.tokenizers import ProcessingClass, source_and_target_tokenizer
 
 
@@ -130,13 +130,20 @@ def _encode_stream(dataset: IterableDataset, encoder: _Encoder, report: DropRepo
     names = dataset.column_names or list(next(iter(dataset)))
 
     def encode_and_filter(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        for name in SETTING_COLUMNS:
+            if (name in batch) != (name in names):
+                number = indices[0] + 1 if name in names else 1
+                raise ValueError(f"pair {number} has no {name}, which other pairs have")
         outcome = encoder(batch, indices)
         for dropped, truncated in zip(outcome["dropped"], outcome["truncated"], strict=True):
             _count(report, dropped, truncated)
         kept = [row for row, reason in enumerate(outcome["dropped"]) if not reason]
-        return {column: [outcome[column][row] for row in kept] for column in ENCODED_COLUMNS}
+        # Any row may have columns that none had before, so `remove_columns` cannot name them all.
+        replaced = dict.fromkeys(batch, [None] * len(kept))
+        return replaced | {column: [outcome[column][row] for row in kept] for column in ENCODED_COLUMNS}
 
-    return dataset.map(encode_and_filter, batched=True, with_indices=True, remove_columns=names)
+    encoded = dataset.map(encode_and_filter, batched=True, with_indices=True)
+    return encoded.select_columns(list(ENCODED_COLUMNS))
 
 
 def _count(report: DropReport, dropped: str, truncated: str, pairs: int = 1) -> None:
@@ -172,9 +179,10 @@ class _Encoder:
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Encode; `dropped` is the reason to drop a row, `truncated` names the sides cut, or they are empty."""
         source_tokenizer, _ = source_and_target_tokenizer(self.processing_class)
+        for name in SETTING_COLUMNS:
+            if None in batch.get(name, ()):
+                raise ValueError(f"pair {indices[batch[name].index(None)] + 1} has no {name}, which other pairs have")
         prefixes = batch.get("source_prefix") or [""] * len(indices)
-        if None in prefixes:
-            raise ValueError(f"pair {indices[prefixes.index(None)] + 1} has no source_prefix, which other pairs have")
         prefixed = [prefix + source for prefix, source in zip(prefixes, batch["source"], strict=True)]
         outcome: dict[str, list[Any]] = {name: [] for name in (*ENCODED_COLUMNS, "dropped", "truncated")}
         rows = zip(

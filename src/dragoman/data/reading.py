@@ -105,18 +105,19 @@ def with_settings(
         where: what the pairs are called in an error.
 
     Raises:
-        ValueError: the rows have one of their own.
+        ValueError: the rows have one of their own (for streams during the iteration).
     """
     settings = {"source_lang": source_lang, "target_lang": target_lang, "source_prefix": source_prefix}
     given = {name: value for name, value in settings.items() if value is not None}
-    names = pairs.column_names or list(next(iter(pairs)))
-    for name, value in given.items():
-        if name in names:
-            raise ValueError(f"{where} has a column {name!r}, so a {name} for all of it ({value!r}) must be left out")
     if not given:
         return pairs
 
     def columns(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
+        for name, value in given.items():
+            if name in batch:
+                raise ValueError(
+                    f"{where} has a column {name!r}, so a {name} for all of it ({value!r}) must be left out"
+                )
         return {name: [value] * len(batch["source"]) for name, value in given.items()}
 
     return pairs.map(columns, batched=True)

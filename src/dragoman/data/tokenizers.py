@@ -261,7 +261,8 @@ def _column_texts(dataset: Pairs, *columns: str) -> Iterator[str]:
     for batch in dataset.iter(batch_size=1000):
         for column in columns:
             if column == "source":
-                yield from dict.fromkeys(batch.get("source_prefix", ()))  # each once: they need not be frequent
+                # Each once: they need not be frequent. Of a row without one, its encoding will tell.
+                yield from filter(None, dict.fromkeys(batch.get("source_prefix", ())))
             yield from batch[column]
 
 
