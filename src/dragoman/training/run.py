@@ -610,10 +610,8 @@ def _encode(
             raise ValueError(f"data.{split}: {error}") from error
         if isinstance(dataset, IterableDataset):
             say(f"{split}: a stream of {dataset.num_shards} files")
-            continue
-        if report.kept == 0:
-            raise ValueError(f"data.{split}: no pair is left; {report}")
-        say(f"{split}: {report}")
+        else:
+            say(f"{split}: {report}")
     return encoded
 
 
