@@ -11,7 +11,6 @@ The tokenizers of M2M100, NLLB and mBART are kept when a checkpoint is converted
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dragoman.data.reading import Pairs, languages_of
 from dragoman.data.tokenizers import ProcessingClass, language_token, source_and_target_tokenizer
+from dragoman.models.pipeline_dragoman import language_ids
 from dragoman.settings import did_you_mean
 
 
@@ -37,13 +37,7 @@ def trained_languages(processing_class: ProcessingClass, side: Side) -> list[str
 
 def languages(processing_class: ProcessingClass, side: Side) -> list[str]:
     """The codes of the languages of a side: `it` (trained here, M2M100), `ita_Latn` (NLLB), `it_IT` (mBART)."""
-    tokenizer = source_and_target_tokenizer(processing_class)[side == "target"]
-    kind = type(tokenizer).__name__
-    if kind not in OF_CHECKPOINTS:
-        return trained_languages(processing_class, side)
-    if kind == "M2M100Tokenizer":
-        return list(tokenizer.lang_code_to_id)
-    return [token for token in tokenizer.all_special_tokens if re.fullmatch(r"[a-z]{2,3}_[A-Z][A-Za-z]+", token)]
+    return list(language_ids(source_and_target_tokenizer(processing_class)[side == "target"], side))
 
 
 def default_language(processing_class: ProcessingClass, side: Side) -> str | None:
