@@ -151,6 +151,7 @@ def test_sections_of_an_experiment():
         "target_kind",
         "target_vocab_size",
         "extra_special_tokens",
+        "max_pairs",
     }
     assert own_fields(arguments.TrainingArguments, Seq2SeqTrainingArguments) == {
         "early_stopping_patience",

@@ -1,10 +1,12 @@
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dragoman.data.reading import read_pairs
+from dragoman.data.reading import read_pairs, with_settings
 from dragoman.data.tokenizers import (
+    SPECIAL_TOKENS,
     build_tokenizer,
     load_tokenizer,
     source_and_target_tokenizer,
@@ -165,3 +167,26 @@ def test_of_pairs(streaming):
     assert len(target) == 91
     with pytest.raises(ValueError, match="a joint vocabulary has no target_kind or target_vocab_size"):
         build_tokenizer(pairs, target_vocab_size=91)
+
+
+@pytest.mark.parametrize(("max_pairs", "expected"), [(1, "0"), (4, "0 3 6 9"), (5, "0 2 4 6 8"), (11, None)])
+def test_a_tokenizer_of_some_of_the_pairs(max_pairs, expected):
+    words = [str(number) for number in range(10)]
+    pairs = Dataset.from_dict({"source": words, "target": words})
+    tokenizer = build_tokenizer(pairs, kind="word", max_pairs=max_pairs)
+    assert {*tokenizer.get_vocab()} == {*SPECIAL_TOKENS, *(words if expected is None else expected.split())}
+
+
+@pytest.mark.parametrize(("max_pairs", "expected"), [(1, "00"), (5, "00 01 10 11 20"), (99, None)])
+def test_a_tokenizer_of_some_of_a_stream(tmp_path, max_pairs, expected):
+    """The first pairs of each of its files."""
+    words = [[f"{file}{row}" for row in range(4)] for file in range(3)]
+    for file, rows in enumerate(words):
+        (tmp_path / f"{file}.tsv").write_text("".join(f"{word}\t{word}\n" for word in rows))
+    pairs = read_pairs(tmp_path / "*.tsv", streaming=True)
+    pairs = with_settings(pairs, "it", source_lang="en", target_lang="it", source_prefix=None)
+    tokenizer = build_tokenizer(pairs, kind="word", max_pairs=max_pairs)
+    expected = [word for rows in words for word in rows] if expected is None else expected.split()
+    assert {*tokenizer.get_vocab()} == {*SPECIAL_TOKENS, "<en>", "<it>", *expected}
+    with pytest.raises(ValueError, match="max_pairs is 0; it must be at least 1"):
+        build_tokenizer(pairs, max_pairs=0)

@@ -10,9 +10,11 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
+from datasets import IterableDataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
@@ -131,29 +133,33 @@ def build_tokenizer(
     target_kind: str | None = None,
     target_vocab_size: int | None = None,
     extra_special_tokens: Sequence[str] = (),
+    max_pairs: int | None = None,
 ) -> PreTrainedTokenizerFast | DragomanProcessor:
     """Train the tokenizer(s) of a set of pairs, as `read_pairs` gives them. A stream is read once per tokenizer.
 
     Languages are collected from the columns `source_lang` and `target_lang`, task prefixes from `source_prefix`.
+    Memory grows with the number of different words, and where words are not spaced a sentence is a word.
 
     Args:
         joint: one vocabulary for both sides, trained on sources and targets; else a `DragomanProcessor` of two.
         target_kind, target_vocab_size: where the target's differ from `kind` and `vocab_size`; only with `joint=False`.
+        max_pairs: train on no more than so many pairs, evenly spaced; in a stream, on the first ones of every file.
 
     Raises:
-        ValueError: as `train_tokenizer`, or target settings with a joint vocabulary.
+        ValueError: as `train_tokenizer`, or target settings with a joint vocabulary, or no pairs allowed.
     """
     if joint and (target_kind is not None or target_vocab_size is not None):
         raise ValueError("a joint vocabulary has no target_kind or target_vocab_size; they are for joint=False")
     codes = {f"{side}_languages": sorted(languages_of(dataset, side)) for side in ("source", "target")}
+    parts = [dataset] if max_pairs is None else _sample(dataset, max_pairs)
     if joint:
-        texts = _column_texts(dataset, "source", "target")
+        texts = _column_texts(parts, "source", "target")
         return train_tokenizer(texts, kind, vocab_size, extra_special_tokens, **codes)
     of_source, of_target = ({name: codes[name]} for name in codes)
     return DragomanProcessor(
-        train_tokenizer(_column_texts(dataset, "source"), kind, vocab_size, extra_special_tokens, **of_source),
+        train_tokenizer(_column_texts(parts, "source"), kind, vocab_size, extra_special_tokens, **of_source),
         train_tokenizer(
-            _column_texts(dataset, "target"),
+            _column_texts(parts, "target"),
             target_kind or kind,
             target_vocab_size or vocab_size,
             extra_special_tokens,
@@ -257,8 +263,19 @@ KINDS: dict[str, Callable[[int, list[str]], tuple[Tokenizer, trainers.Trainer]]]
 }
 
 
-def _column_texts(dataset: Pairs, *columns: str) -> Iterator[str]:
-    for batch in dataset.iter(batch_size=1000):
+def _sample(dataset: Pairs, size: int) -> list[Pairs]:
+    """Parts of the pairs that together are at most as many, from all over the data."""
+    if size < 1:
+        raise ValueError(f"max_pairs is {size}; it must be at least 1")
+    if not isinstance(dataset, IterableDataset):
+        return [dataset.select(range(0, len(dataset), -(-len(dataset) // size)))]
+    files = dataset.num_shards
+    shares = [size // files + (number < size % files) for number in range(files)]
+    return [dataset.shard(files, number).take(share) for number, share in enumerate(shares)]
+
+
+def _column_texts(parts: Sequence[Pairs], *columns: str) -> Iterator[str]:
+    for batch in chain.from_iterable(part.iter(batch_size=1000) for part in parts):
         for column in columns:
             if column == "source":
                 # Each once: they need not be frequent. Of a row without one, its encoding will tell.

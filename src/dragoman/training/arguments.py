@@ -87,6 +87,7 @@ class TokenizerArguments:
     target_kind: Literal["bpe", "unigram", "word", "char"] | None = None  # with joint: false; null = kind
     target_vocab_size: int | None = None  # with joint: false; null = vocab_size
     extra_special_tokens: list[str] = field(default_factory=list)  # for example language codes
+    max_pairs: int | None = None  # to train on, from all over the data; null = all
 
 
 @dataclass(kw_only=True)
