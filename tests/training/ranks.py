@@ -39,6 +39,7 @@ from training.experiments import WORDS, shorten_trainings, write_experiment
 
 
 PAIRS, STEPS, RATE, MOMENTUM = 4, 10, 0.1, 0.7  # pairs of an update, of all processes
+OPTIMIZERS = {"sgd": RATE, "adamw_torch": 0.01}  # of the stock trainer, with their learning rates
 SAVED = 4  # the step after which a sharded checkpoint is written
 STOPPED = 4  # the step in which a process is told to stop; an epoch has three
 IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
@@ -89,10 +90,15 @@ def save(model, path: Path, losses: list[float]) -> None:
         save_file(weights, path, metadata={"losses": json.dumps(losses)})
 
 
-def with_the_trainer(folder: Path, processes: int) -> DurableTrainer:
-    """SGD steps, then an evaluation that generates, of a set that cannot be shared out evenly."""
+def with_the_trainer(folder: Path, processes: int, optimizer: str) -> DurableTrainer:
+    """
+    Steps, then an evaluation that generates, of a set that cannot be shared out evenly: SGD in float64, AdamW as people
+    use it.
+    """
     tokenizer = load_tokenizer(folder / "tokenizer")
     model = read_model(folder, "tied")
+    if optimizer != "sgd":
+        model.float()
 
     def compute_metrics(prediction):
         real = (prediction.predictions != -100) & (prediction.predictions != 1)
@@ -102,7 +108,8 @@ def with_the_trainer(folder: Path, processes: int) -> DurableTrainer:
         model=model, complete_checkpoint=lambda checkpoint, state: None,
         args=Seq2SeqTrainingArguments(
             output_dir=str(folder / "trainer"), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
-            optim="sgd", learning_rate=RATE, lr_scheduler_type="constant", max_steps=STEPS, logging_steps=1,
+            optim=optimizer, learning_rate=OPTIMIZERS[optimizer], lr_scheduler_type="constant", max_steps=STEPS,
+            logging_steps=1,
             per_device_train_batch_size=PAIRS // processes, per_device_eval_batch_size=2, weight_decay=0.0,
             train_sampling_strategy="sequential", predict_with_generate=True,
         ),
@@ -113,10 +120,10 @@ def with_the_trainer(folder: Path, processes: int) -> DurableTrainer:
     assert isinstance(trainer.model_wrapped, DistributedDataParallel) == (processes > 1)
     scores = trainer.evaluate()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    save(trainer.model, folder / f"trainer-{processes}.safetensors", losses)
+    save(trainer.model, folder / f"trainer-{optimizer}-{processes}.safetensors", losses)
     if trainer.is_world_process_zero():
         figures = {name: scores[f"eval_{name}"] for name in ("rows", "tokens")}
-        (folder / f"scores-{processes}.json").write_text(json.dumps(figures))
+        (folder / f"scores-{optimizer}-{processes}.json").write_text(json.dumps(figures))
     return trainer
 
 
@@ -274,7 +281,8 @@ def with_tokenizers_of_their_own(folder: Path, rank: int) -> None:
 
 def main(folder: Path) -> None:
     shorten_trainings()
-    with_the_trainer(folder, 2)
+    for optimizer in OPTIMIZERS:
+        with_the_trainer(folder, 2, optimizer)
     stopped_and_resumed(folder / "ddp", dist.get_rank(), lambda model: isinstance(model, DistributedDataParallel))
     stopped_while_evaluating(folder / "ddp", dist.get_rank())
     for name in ("budget", "stream"):
