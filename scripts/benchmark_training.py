@@ -3,6 +3,7 @@
     python scripts/benchmark_training.py --output scripts/results/training.md
     python scripts/benchmark_training.py --row speed --row step --turns 3
     python scripts/benchmark_training.py --row quality --minutes 20 --seeds 3
+    python scripts/benchmark_training.py --row quality --seeds 3 --ours qk_norm=true --goal 55.77
 
 speed    real target tokens per second of processor time, all sides at the same mean number of real target tokens per
          update: ours under a token budget, the peers on random batches and on `group_by_length`
@@ -36,6 +37,7 @@ import numpy as np
 import torch
 import transformers
 import typer
+import yaml
 from datasets import Dataset
 from measuring import memory_from_now, spread, take_turns
 from transformers import (
@@ -72,6 +74,7 @@ class Sizes:
     d_model: int
     layers: int
     vocab_size: int
+    ours: tuple[str, ...] = ()  # key=value, what our model has beyond its preset
 
     @property
     def heads(self) -> int:
@@ -91,6 +94,7 @@ def model_of(side: str, sizes: Sizes, seed: int = 0, init_std: float | None = No
             "modern", vocab_size=sizes.vocab_size, d_model=sizes.d_model, encoder_layers=sizes.layers,
             decoder_layers=sizes.layers, encoder_attention_heads=heads, decoder_attention_heads=heads,
             encoder_ffn_dim=sizes.gated, decoder_ffn_dim=sizes.gated, label_smoothing=0.0, init_std=init_std, **IDS,
+            **{key: yaml.safe_load(value) for key, value in (option.split("=", 1) for option in sizes.ours)},
         )  # fmt: skip
         return AutoModelForSeq2SeqLM.from_config(config)
     if side == "t5":
@@ -311,9 +315,9 @@ MEMORY_SIZES = Sizes(d_model=256, layers=2, vocab_size=64_000)
 MEMORY_BATCH = (32, 48)
 
 
-def measure_memory(side: str) -> None:
+def measure_memory(side: str, ours: tuple[str, ...]) -> None:
     """Prints the MB that a step adds to a process that holds the model."""
-    model = model_of(side, MEMORY_SIZES).train()
+    model = model_of(side, replace(MEMORY_SIZES, ours=ours)).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(3, MEMORY_SIZES.vocab_size, MEMORY_BATCH)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -328,7 +332,7 @@ def measure_memory(side: str) -> None:
     print(backward, used(), model.num_parameters(only_trainable=True))
 
 
-def memory_rows() -> Iterator[str]:
+def memory_rows(options: tuple[str, ...]) -> Iterator[str]:
     rows, length = MEMORY_BATCH
     yield (
         f"\n## Peak memory of a step at a vocabulary of {MEMORY_SIZES.vocab_size:,}\n\nBeyond the loaded model; batch "
@@ -338,7 +342,7 @@ def memory_rows() -> Iterator[str]:
     )
     ours = 0.0
     for side in ("ours", *PEERS):
-        command = [sys.executable, __file__, "--memory-of", side]
+        command = [sys.executable, __file__, "--memory-of", side, *(f"--ours={option}" for option in options)]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-3:]
         backward, whole, parameters = float(printed[0]), float(printed[1]), int(printed[2])
         ours = ours or whole
@@ -458,9 +462,16 @@ def learn(run: Run, sizes: Sizes, data: Data, validation: Validation) -> tuple[l
 
 
 def quality_rows(
-    sizes: Sizes, data: Data, validation: Validation, minutes: float, search_minutes: float, seeds: int, jobs: int
+    sizes: Sizes,
+    data: Data,
+    validation: Validation,
+    minutes: float,
+    search_minutes: float,
+    seeds: int,
+    jobs: int,
+    goal: float | None,
 ) -> Iterator[str]:
-    sides = ("ours", *PEERS)
+    sides = ("ours", *PEERS) if goal is None else ("ours",)
     with ProcessPoolExecutor(
         jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
     ) as pool:
@@ -480,11 +491,13 @@ def quality_rows(
                 init = "default" if run.recipe.init_std is None else f"{run.recipe.init_std:.3f}"
                 yield f"| {run.side} | {run.recipe.learning_rate:g} | {run.recipe.warmup_steps} | {init} | {loss:.3f} |"
 
+        unscaled = [side for side in sides if side in ("marian", "bart")]
+        of_peers = ", and for Marian and BART, whose initial weights do not scale with the width, weights that do"
         yield (
             f"\n## Time to quality\n\nMinutes are those of the processor, without scoring; {len(validation.pairs)} "
             f"validation sentences. Search: {search_minutes:g} minutes for each recipe, one seed. Rates are halved or "
-            "doubled until the best one lies between two that are worse; then, at that rate, a shorter warm-up, and "
-            "for Marian and BART, whose initial weights do not scale with the width, weights that do.\n\n"
+            "doubled until the best one lies between two that are worse; then, at that rate, a shorter warm-up"
+            f"{of_peers if unscaled else ''}.\n\n"
             "| side | learning rate | warm-up | initial std | validation loss |\n|---|--:|--:|---|--:|"
         )
         rates = dict.fromkeys(sides, RATES)
@@ -492,7 +505,7 @@ def quality_rows(
             yield from search([(side, Recipe(rate, LONG_WARM_UP)) for side in sides for rate in rates[side]])
             rates = {side: untried_neighbors(best(side), losses[side]) for side in sides}
         yield from search([(side, replace(best(side), warmup_steps=SHORT_WARM_UP)) for side in sides])
-        yield from search([(side, replace(best(side), init_std=sizes.d_model**-0.5)) for side in ("marian", "bart")])
+        yield from search([(side, replace(best(side), init_std=sizes.d_model**-0.5)) for side in unscaled])
 
         quarter, whole = 15 * minutes, 60 * minutes
         curves: dict[str, list[list[tuple[float, float]]]] = {side: [] for side in PEERS}
@@ -507,20 +520,23 @@ def quality_rows(
             for run, curve, _ in trained(runs):
                 curves[run.side].append(curve)
 
-        promising = min(PEERS, key=lambda side: losses[side][best(side)])
-        train_peers({side: seeds if side == promising else 1 for side in PEERS})
-        peer = max(PEERS, key=lambda side: curves[side][0][-1][1])
-        train_peers({peer: seeds})
-        goal = statistics.median(curve[-1][1] for curve in curves[peer])
-        yield (
-            f"\nThe best recipe of each, and chrF after so many minutes; the best peer, {peer}, has {goal:.2f} at the "
-            f"end, the median of its seeds:\n\n| side | seed | "
-            + " | ".join(f"{minutes * part / 4:g}" for part in range(1, 5))
-            + " |\n|---|--:|--:|--:|--:|--:|"
-        )
-        for side, of_seeds in curves.items():
-            for seed, curve in enumerate(of_seeds, start=1):
-                yield f"| {side} | {seed} | " + " | ".join(f"{score:.2f}" for _, score in curve) + " |"
+        if goal is None:
+            promising = min(PEERS, key=lambda side: losses[side][best(side)])
+            train_peers({side: seeds if side == promising else 1 for side in PEERS})
+            peer = max(PEERS, key=lambda side: curves[side][0][-1][1])
+            train_peers({peer: seeds})
+            goal = statistics.median(curve[-1][1] for curve in curves[peer])
+            yield (
+                f"\nThe best recipe of each, and chrF after so many minutes; the best peer, {peer}, has {goal:.2f} at "
+                f"the end, the median of its seeds:\n\n| side | seed | "
+                + " | ".join(f"{minutes * part / 4:g}" for part in range(1, 5))
+                + " |\n|---|--:|--:|--:|--:|--:|"
+            )
+            for side, of_seeds in curves.items():
+                for seed, curve in enumerate(of_seeds, start=1):
+                    yield f"| {side} | {seed} | " + " | ".join(f"{score:.2f}" for _, score in curve) + " |"
+        else:
+            yield f"\nThe best peer had a chrF of {goal:.2f} after {minutes:g} minutes in an earlier run."
         times = []
         yield f"\n| ours, seed | minutes to {goal:.2f} | chrF then |\n|--:|--:|--:|"
         ours = [Run("ours", best("ours"), seed, whole, whole / 80, until=goal) for seed in range(1, seeds + 1)]
@@ -550,6 +566,10 @@ def main(
     search_minutes: Annotated[float, typer.Option(help="Of each recipe of its search.")] = 5,
     seeds: Annotated[int, typer.Option(help="For quality.")] = 3,
     sentences: Annotated[int, typer.Option(help="Validation sentences, for quality.")] = 500,
+    ours: Annotated[list[str] | None, typer.Option(help="key=value of our model; repeat for more.")] = None,
+    goal: Annotated[
+        float | None, typer.Option(help="For quality: chrF of the best peer in an earlier run; none is trained now.")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Trainings at once, for quality: processes of `threads` each.")] = 1,
     threads: int = 1,
     output: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
@@ -558,14 +578,18 @@ def main(
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
+    options = tuple(ours or ())
+    for option in options:
+        if "=" not in option:
+            raise typer.BadParameter(f"{option!r} is not key=value", param_hint="--ours")
     if memory_of is not None:
-        measure_memory(memory_of)
+        measure_memory(memory_of, options)
         return
     chosen = row or list(ROWS[:3])
     for name in chosen:
         if name not in ROWS:
             raise typer.BadParameter(f"{name!r} is not one of {', '.join(ROWS)}", param_hint="--row")
-    sizes = Sizes(d_model, layers, vocab_size)
+    sizes = Sizes(d_model, layers, vocab_size, options)
     lines = [
         f"torch {torch.__version__}, transformers {transformers.__version__}, fp32, {threads} threads; d={d_model}, "
         f"{layers}+{layers} layers, vocabulary {vocab_size}, dropout 0.1, AdamW.",
@@ -580,11 +604,11 @@ def main(
         if "step" in chosen:
             made.append(step_rows(sizes, read, 2 * turns))
     if "memory" in chosen:
-        made.append(memory_rows())
+        made.append(memory_rows(options))
     if "quality" in chosen:
         pairs_of_validation = [dict(pair) for pair in read_pairs(str(validation)).select(range(sentences))]
         scored = Validation(pairs_of_validation, read.tokenizer)
-        made.append(quality_rows(sizes, read, scored, minutes, search_minutes, seeds, jobs))
+        made.append(quality_rows(sizes, read, scored, minutes, search_minutes, seeds, jobs, goal))
     for line in itertools.chain(*made):
         lines.append(line)
         print(line, flush=True)
