@@ -83,36 +83,51 @@ def read_model(folder: Path):
     return model
 
 
+HOSTS = {
+    "Marian": (transformers.MarianConfig, transformers.MarianMTModel, 2048),  # of sinusoids, which reach anywhere
+    "BART": (transformers.BartConfig, transformers.BartForConditionalGeneration, None),
+}
+
+
 @torch.no_grad()
-def marian_with_weights_of(model: Any, scratch: Path):
+def host_with_weights_of(model: Any, scratch: Path) -> tuple[str, Any] | None:
     """
-    The host's Marian computing what this model does, or None if it is of another shape. Which weight goes where is read
-    off the conversion of a Marian that is filled with random numbers.
+    The host's class computing what this model does, and its name, or None if the model is of no such shape. Which
+    weight goes where is read off the conversion of one that is filled with random numbers.
     """
     names = ("vocab_size", "d_model", "activation_function", "scale_embedding")
     sizes = ("layers", "attention_heads", "ffn_dim")
     names += tuple(f"{side}_{size}" for side in ("encoder", "decoder") for size in sizes)
     names += ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-    config = {name: value for name, value in model.config.to_dict().items() if name in names}
-    host = transformers.MarianMTModel(transformers.MarianConfig(**config, max_position_embeddings=2048)).eval()
-    for weight in (*(one for one in host.parameters() if one.requires_grad), host.final_logits_bias):
-        weight.normal_(std=0.1)
-    host.save_pretrained(scratch / "marian")
-    convert(scratch / "marian", scratch / "converted")
-    converted, trained = read_model(scratch / "converted").state_dict(), model.state_dict()
-    if {name: weight.shape for name, weight in converted.items()} != {n: w.shape for n, w in trained.items()}:
-        return None
+    settings = {name: value for name, value in model.config.to_dict().items() if name in names}
+    for name, (config_class, host_class, positions) in HOSTS.items():
+        settings["max_position_embeddings"] = positions or model.config.max_position_embeddings
+        host = host_class(config_class(**settings)).eval()
+        for weight in (one for one in host.parameters() if one.requires_grad):
+            weight.normal_(std=0.1)
+        if model.config.lm_head_bias:
+            host.final_logits_bias.normal_(std=0.1)
+        host.save_pretrained(scratch / name)
+        convert(scratch / name, scratch / f"converted-{name}")
+        converted, trained = read_model(scratch / f"converted-{name}").state_dict(), model.state_dict()
+        if {name: weight.shape for name, weight in converted.items()} != {n: w.shape for n, w in trained.items()}:
+            continue
 
-    def content(weight: torch.Tensor) -> tuple[float, ...]:
-        return weight.numel(), float(weight.flatten()[0]), float(weight.flatten()[-1])
+        def content(weight: torch.Tensor) -> tuple[float, ...]:
+            flat = weight.flatten()
+            return flat.numel(), *flat[:1].tolist(), *flat[-1:].tolist()
 
-    places = {content(weight): name for name, weight in converted.items()}
-    for weight in host.state_dict().values():
-        if content(weight) in places:  # all but the sinusoids
-            weight.copy_(trained[places[content(weight)]].view_as(weight))
-    ids = {"input_ids": torch.arange(3, 10)[None], "decoder_input_ids": torch.arange(4, 9)[None]}
-    one, other = (side(**ids).logits for side in (model, host))
-    return host if torch.allclose(one, other, rtol=1e-3, atol=1e-3) else None
+        places = {content(weight): name for name, weight in converted.items()}
+        for weight in host.state_dict().values():
+            for rows in (weight, weight[2:]):  # BART's table of positions begins with two rows that it never reads
+                if content(rows) in places:  # all but the sinusoids
+                    rows.copy_(trained[places[content(rows)]].view_as(rows))
+                    break
+        ids = {"input_ids": torch.arange(3, 10)[None], "decoder_input_ids": torch.arange(4, 9)[None]}
+        one, other = (side(**ids).logits for side in (model, host))
+        if torch.allclose(one, other, rtol=1e-3, atol=1e-3):
+            return name, host
+    return None
 
 
 def with_the_hosts_loops(model: Any):
@@ -171,14 +186,13 @@ def differences(model, stock, tokenizer, job: Job, found: list[list[Hypothesis]]
 def against_stock(job: Job, folder: Path, scratch: Path) -> list[str]:
     """Sentences per second of `translate` against the host's `generate` on batches of 32 in the order of the file."""
     model, tokenizer = load(folder, "cpu")
-    stock = marian_with_weights_of(model, scratch) or with_the_hosts_loops(model)
+    peer, stock = host_with_weights_of(model, scratch) or ("loops", with_the_hosts_loops(model))
     stock.generation_config = model.generation_config
     sides = [
         lambda: stock_generate(stock, tokenizer, job.sentences, job.beams),
         lambda: job.translate(model, tokenizer),
     ]
     times, found = job.take_turns(sides)
-    peer = "Marian" if isinstance(stock, transformers.MarianMTModel) else "loops"
     return [
         f"Whole job: {job}, {folder.name}: the host's {peer} with the same weights, generate() on batches of 32 in "
         f"file order, against translate() in sorted batches of {job.batch_size}. "

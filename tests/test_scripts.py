@@ -283,11 +283,25 @@ def jobs():
     return load_script("benchmark_jobs")
 
 
-def test_a_model_that_marian_cannot_be_meets_the_hosts_loops(jobs, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "peer"),
+    [
+        ({"norm_position": "pre"}, "loops"),
+        (
+            {
+                "position_embedding_type": "learned", "sinusoid_layout": "interleaved", "embedding_norm": True,
+                "lm_head_bias": False, "activation_function": "gelu", "scale_embedding": False,
+            },
+            "BART",
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_that_marian_cannot_be(jobs, tmp_path, changes, peer):
+    """It meets the host's BART where it is one, and else the host's loops."""
     sentences, references = ([pair[side] for pair in PAIRS] for side in ("source", "target"))
     job = jobs.Job("test", sentences, references, repeats=1, threads=1, clock="cpu")
-    text = jobs.against_stock(job, save_marian(tmp_path / "model", norm_position="pre"), tmp_path)[0]
-    assert "each side once, model: the host's loops with the same weights" in text
+    text = jobs.against_stock(job, save_marian(tmp_path / "model", **changes), tmp_path)[0]
+    assert f"each side once, model: the host's {peer} with the same weights" in text
     assert "3 of 3 outputs have the same tokens" in text
 
 
@@ -296,7 +310,7 @@ def test_differences_of_tokens_are_explained(jobs, tmp_path):
     sentences, references = ([pair[side] for pair in PAIRS] for side in ("source", "target"))
     job = jobs.Job("test", sentences, references, repeats=1, threads=1, clock="cpu")
     model, tokenizer = jobs.load(save_marian(tmp_path / "model"), "cpu")
-    stock = jobs.marian_with_weights_of(model, tmp_path)
+    _, stock = jobs.host_with_weights_of(model, tmp_path)
     stock.generation_config = model.generation_config
     ours = job.translate(model, tokenizer)
     changed = [jobs.Hypothesis("x", [*ours[0].token_ids[:-1], 5], ours[0].start_id), *ours[1:]]
