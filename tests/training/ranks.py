@@ -185,6 +185,17 @@ def prepare(folder: Path) -> None:
     sections = yaml.safe_load((folder / "fsdp" / "tiny.yaml").read_text())
     sections["model"] = {"preset": "lstm_bahdanau", "embedding_dim": 12, "hidden_size": 12}
     (folder / "fsdp" / "recurrent.yaml").write_text(yaml.safe_dump(sections))
+    (folder / "tp").mkdir()
+    even = {"encoder_ffn_dim": 18, "decoder_ffn_dim": 20}
+    path = write_experiment(folder / "tp", model=even, training={**changes, "tensor_parallel_size": 2})
+    sections = yaml.safe_load(path.read_text())
+    sections["model"] = {"from_pretrained": str(folder / "tp" / "whole"), "dropout": 0.0}
+    del sections["tokenizer"], sections["training"]["per_device_train_batch_size"]
+    sections["training"] |= {"max_tokens_per_batch": 40, "packing": True, "output_dir": str(folder / "tp" / "again")}
+    # The highest loss is not that of the last checkpoint, so that the run goes back to another at its end.
+    sections["training"] |= {"metric_for_best_model": "loss", "greater_is_better": True, "eval_strategy": "steps"}
+    sections["training"]["save_strategy"] = "steps"
+    (folder / "tp" / "again.yaml").write_text(yaml.safe_dump(sections))
     (folder / "unigram").mkdir()
     write_experiment(folder / "unigram", training={"max_steps": 1}, tokenizer={"kind": "unigram", "vocab_size": 40})
 
@@ -232,22 +243,29 @@ def stopped_while_evaluating(folder: Path, rank: int) -> None:
 
 
 @contextmanager
-def fsdp_of_accelerate() -> Iterator[None]:
+def taken_for_gpus() -> Iterator[None]:
     """
-    What `accelerate launch --config_file configs/accelerate/fsdp2.yaml` sets. Accelerate has FSDP for every kind of
-    processes but those of the CPU; told that these are of another kind, it has it here too.
+    Accelerate shares models out among every kind of processes but those of the CPU; told that these are of another
+    kind, it does here too.
     """
-    settings = yaml.safe_load((Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2.yaml").read_text())
-    os.environ.update({name.upper(): str(value) for name, value in settings["fsdp_config"].items()})
-    os.environ["ACCELERATE_USE_FSDP"] = "true"
     AcceleratorState._reset_state(reset_partial_state=True)
     originals = PartialState._prepare_backend, PartialState.set_device
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     yield
     PartialState._prepare_backend, PartialState.set_device = originals
-    del os.environ["ACCELERATE_USE_FSDP"]
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def fsdp_of_accelerate() -> Iterator[None]:
+    """What `accelerate launch --config_file configs/accelerate/fsdp2.yaml` sets."""
+    settings = yaml.safe_load((Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2.yaml").read_text())
+    os.environ.update({name.upper(): str(value) for name, value in settings["fsdp_config"].items()})
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    with taken_for_gpus():
+        yield
+    del os.environ["ACCELERATE_USE_FSDP"]
 
 
 def is_sharded(model) -> bool:
@@ -256,6 +274,14 @@ def is_sharded(model) -> bool:
     parts = all(isinstance(part, FSDPModule) for part in (model, *layers))
     weights = all(isinstance(weight, DTensor) for weight in model.parameters())
     return parts and weights and model.lm_head.weight is model.model.encoder.embed_tokens.weight
+
+
+def is_cut(model) -> bool:
+    """By tensor parallelism: this process has some of every matrix, and of the table that is one at all its ends."""
+    parts = [*model.model.encoder.layers, *model.model.decoder.layers, model.lm_head]
+    matrices = [weight for part in parts for weight in part.parameters() if weight.ndim == 2]
+    some = all(isinstance(one, DTensor) and one.to_local().numel() < one.numel() for one in matrices)
+    return some and model.lm_head.weight is model.model.encoder.embed_tokens.weight
 
 
 def with_tokenizers_of_their_own(folder: Path, rank: int) -> None:
@@ -298,6 +324,13 @@ def main(folder: Path) -> None:
                 train(load_experiment(path, [f"training.output_dir={folder / 'refused'}"]))
             except ValueError as error:
                 path.with_suffix(f".{dist.get_rank()}.txt").write_text(str(error))
+    try:
+        train(load_experiment(folder / "tp" / "tiny.yaml"))
+    except ValueError as error:
+        (folder / "tp" / f"cpu-{dist.get_rank()}.txt").write_text(str(error))
+    with taken_for_gpus():
+        stopped_and_resumed(folder / "tp", dist.get_rank(), is_cut)
+        train(load_experiment(folder / "tp" / "again.yaml"))
     rank = dist.get_rank()
     for name in MODELS:
         model = sharded(folder, name)

@@ -366,6 +366,16 @@ def test_saved_experiments_are_plain_yaml(tmp_path, experiment_file):
     (["model.preset=lstm_luong", "training.max_tokens_per_batch=99", "training.packing=true"],
      "training.packing is for models of type 'dragoman', not 'dragoman_rnn'"),
     (["training.train_sampling_strategy=batch_rebalance"], "batch_rebalance cannot be resumed exactly; group_by_"),
+    (["training.tensor_parallel_size=0"], "training: tensor_parallel_size is 0; it must be at least 1"),
+    (["training.tensor_parallel_size=2", "training.ema_decay=0.9"],
+     "training: tensor_parallel_size and ema_decay exclude each other"),
+    (["training.tensor_parallel_size=2", "training.optim=adafactor"],
+     "tensor_parallel_size goes with optim adamw_torch, adamw_torch_fused, sgd, adagrad, rmsprop, not adafactor"),
+    (["training.tensor_parallel_size=2"],
+     "training.tensor_parallel_size is 2, which must divide model.encoder_ffn_dim, here 17"),
+    (["model.preset=lstm_luong", "training.tensor_parallel_size=2"],
+     "training.tensor_parallel_size is for models of type 'dragoman', not 'dragoman_rnn'"),
+    (["training.parallelism_config={}"], "set training.tensor_parallel_size, or launch with configs/accelerate/fsdp2"),
     (["data.num_proc=0"], "data: num_proc is 0; it must be at least 1"),
     (["data.streaming=true", "training.max_steps=-1"], "data.streaming needs training.max_steps"),
     (["data.streaming=true"], "data.streaming needs data.max_source_length and data.max_target_length"),
@@ -378,7 +388,7 @@ def test_saved_experiments_are_plain_yaml(tmp_path, experiment_file):
     (["data.streaming=true", "training.num_train_epochs=3"],
      "training.num_train_epochs is of no use with data.streaming"),
 ])  # fmt: skip
-def test_budgets_packing_and_streams_that_cannot_be(tmp_path, overrides, sentence):
+def test_what_cannot_be_at_once(tmp_path, overrides, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         load_experiment(write_experiment(tmp_path), overrides)
 

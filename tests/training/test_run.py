@@ -3,6 +3,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -387,6 +388,13 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run.TrainingArguments, "n_gpu", 2)
     with pytest.raises(ValueError, match=r"there are 2 GPUs: start one process on each, with `acc.*launch.*CUDA_V"):
         train_tiny(tmp_path)
+
+
+def test_tensor_parallelism_needs_a_process_for_each_part(tmp_path):
+    path = write_experiment(tmp_path, model={"encoder_ffn_dim": 18, "decoder_ffn_dim": 20})
+    sentence = "training.tensor_parallel_size is 2, but there is 1 process: start 2 with `accelerate launch --config_f"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        train(load_experiment(path, ["training.tensor_parallel_size=2"]))
 
 
 def test_a_refused_run_leaves_no_folder(tmp_path):

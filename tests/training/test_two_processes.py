@@ -16,6 +16,7 @@ from transformers import AutoModelForSeq2SeqLM
 from transformers.distributed import DistributedConfig
 
 from dragoman import preset
+from dragoman.training.arguments import load_experiment
 from dragoman.training.checkpoints import complete_checkpoints, unfinished_checkpoints
 from dragoman.training.run import train
 from training import ranks
@@ -142,43 +143,86 @@ def test_a_sharded_model_is_saved_with_its_own_code(folder):
     assert all(torch.equal(saved[name], weight) for name, weight in expected.items())
 
 
+def losses_of(run: Path) -> list[float]:
+    return [log["loss"] for log in log_of(run)["log_history"] if "loss" in log]
+
+
+def scores_of(run: Path) -> list[tuple[int, float, float]]:
+    return [
+        (log["step"], log["eval_loss"], log["eval_chrf"]) for log in log_of(run)["log_history"] if "eval_loss" in log
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "tp"])
 def test_one_process_told_to_stop_stops_both(folder, way):
     """
     After the same step, with one complete checkpoint; resumed, the run ends as one that was left alone, bit for bit:
-    with an average of the weights, under DDP and shared out by Accelerate's FSDP2, tied as the default is. (The
-    checkpoint of the stop is in the middle of an epoch.)
+    under DDP, shared out by Accelerate's FSDP2, both with an average of the weights, and under tensor parallelism, tied
+    as the default is. (The checkpoint of the stop is in the middle of an epoch.)
     """
     for rank in (0, 1):
         assert f"stopped and saved after step {ranks.STOPPED};" in (folder / way / f"stopped-{rank}.txt").read_text()
     whole, stopped = folder / way / "whole", folder / way / "stopped"
     names = [[checkpoint.name for checkpoint in complete_checkpoints(run)] for run in (whole, stopped)]
-    assert names == [["checkpoint-3", "checkpoint-5"], ["checkpoint-3", "checkpoint-4", "checkpoint-5"]]
+    steps = [5] if way == "tp" else [3, 5]  # batches of its own has one process alone, so that an epoch has six
+    assert names == [[f"checkpoint-{step}" for step in made] for made in (steps, sorted({*steps, ranks.STOPPED}))]
     assert unfinished_checkpoints(stopped) == []
     files = ["model.safetensors", "checkpoint-5/model.safetensors"]
     for name in [*files, *(["checkpoint-5/current_weights.safetensors"] if way == "ddp" else [])]:
         one, other = load_file(whole / name), load_file(stopped / name)
         assert one.keys() == other.keys()
         assert [key for key, weight in one.items() if not torch.equal(weight, other[key])] == []
+    assert scores_of(whole) == scores_of(stopped)
+    assert [step for step, *_ in scores_of(whole)] == steps
+    config = json.loads((stopped / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForSeq2SeqLM"] == "modeling_dragoman.DragomanForConditionalGeneration"
+
+
+@pytest.mark.slow
+def test_a_run_under_fsdp_ends_as_one_under_ddp(folder):
+    whole = folder / "fsdp" / "whole"
     best = Path(json.loads((whole / "trainer_state.json").read_text())["best_model_checkpoint"]).name
     for name in ("checkpoint-5", best):
-        ours, ddp = (load_file(run / name / "model.safetensors") for run in (whole, folder / "ddp" / "whole"))
+        ours, ddp = (load_file(folder / way / "whole" / name / "model.safetensors") for way in ("fsdp", "ddp"))
         for key, weight in ours.items():
             torch.testing.assert_close(weight, ddp[key], rtol=1e-4, atol=1e-6)
     kept = load_file(whole / "model.safetensors")
     assert [key for key, weight in ours.items() if not torch.equal(weight, kept[key])] == []
-    logs = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in (whole, stopped)]
-    scores = [[(log["step"], log["eval_loss"], log["eval_chrf"]) for log in run if "eval_loss" in log] for run in logs]
-    assert scores[0] == scores[1]
-    assert [step for step, *_ in scores[0]] == [3, 5]
-    assert (
-        load_file(whole / "model.safetensors").keys()
-        == load_file(folder / "ddp" / "whole" / "model.safetensors").keys()
-    )
-    assert any((whole / "checkpoint-5").glob("pytorch_model_fsdp_0/__1_*.distcp")) == (way == "fsdp")
-    config = json.loads((stopped / "config.json").read_text())
-    assert config["auto_map"]["AutoModelForSeq2SeqLM"] == "modeling_dragoman.DragomanForConditionalGeneration"
+    assert kept.keys() == load_file(folder / "ddp" / "whole" / "model.safetensors").keys()
+    assert any((whole / "checkpoint-5").glob("pytorch_model_fsdp_0/__1_*.distcp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "output"), [("tiny", "whole"), ("again", "again")])
+def test_tensor_parallelism_trains_as_one_process(folder, tmp_path, name, output):
+    """
+    The same batches, dropout, losses and scores, a fresh model and one that goes on in packed batches and ends with
+    a checkpoint on its way; what is saved is whole and says nothing of processes.
+    """
+    changes = ["training.tensor_parallel_size=1", f"training.output_dir={tmp_path}"]
+    one, two = train(load_experiment(folder / "tp" / f"{name}.yaml", changes)), folder / "tp" / output
+    expected, weights = (load_file(run / "model.safetensors") for run in (one, two))
+    assert weights.keys() == expected.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight, expected[key], rtol=1e-3, atol=1e-5, msg=key)
+    assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-5)
+    assert len(losses_of(two)) == ranks.STOPPED + 1
+    for score, other in zip(scores_of(two), scores_of(one), strict=True):
+        assert score == pytest.approx(other, abs=1e-5)
+    best = Path(log_of(two)["best_model_checkpoint"])
+    assert best.name == Path(log_of(one)["best_model_checkpoint"]).name
+    assert (best.name == "checkpoint-5") == (output == "whole")
+    assert all(torch.equal(weights[key], weight) for key, weight in load_file(best / "model.safetensors").items())
+    for file in ("config.json", "generation_config.json", "test_results.json"):
+        assert (two / file).read_text() == (one / file).read_text()
+    assert json.loads((two / "complete.json").read_text())["processes"] == 1
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_of_processes_on_the_cpu_is_refused(folder):
+    sentence = "training.tensor_parallel_size needs GPUs: Accelerate refuses it for processes on the CPU"
+    assert {(folder / "tp" / f"cpu-{rank}.txt").read_text() for rank in (0, 1)} == {sentence}
 
 
 @pytest.mark.slow

@@ -90,6 +90,10 @@ class TokenizerArguments:
     max_pairs: int | None = None  # to train on, from all over the data; null = all
 
 
+# Optimizers of which tensor parallelism may give each process a part.
+_ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+
+
 @dataclass(kw_only=True)
 class TrainingArguments(Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with the recipe under which models of this family train from scratch.
@@ -142,6 +146,12 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             "steps. The average is evaluated and saved."
         },
     )
+    tensor_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Cut every matrix in so many parts, one for each process; all of them work on the same batches."
+        },
+    )
     stop_on_divergence: bool = field(
         default=True,
         metadata={"help": "Stop before the weights are lost to a gradient that is not finite or explodes."},
@@ -151,6 +161,16 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default_factory=lambda: ["bleu", "chrf"],
         metadata={"help": "Metrics of every evaluation, with options if wanted: bleu:tokenize=zh."},
     )
+
+    @property
+    def data_processes(self) -> int:
+        """Processes with batches of their own; those that share the matrices share the batches, too."""
+        return int(self.world_size) // self.tensor_parallel_size
+
+    @property
+    def data_index(self) -> int:
+        """Which of them this process is."""
+        return int(self.process_index) // self.tensor_parallel_size
 
     def __post_init__(self) -> None:
         figures = check_metrics(self.metrics)
@@ -176,6 +196,12 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be between 0 and 1, for example 0.999")
+        if self.tensor_parallel_size > 1:
+            for name in ("ema_decay", "fsdp", "deepspeed"):
+                if getattr(self, name):
+                    raise ValueError(f"tensor_parallel_size and {name} exclude each other")
+            if self.optim not in _ELEMENTWISE:
+                raise ValueError(f"tensor_parallel_size goes with optim {', '.join(_ELEMENTWISE)}, not {self.optim}")
         if self.report_to is None:
             self.report_to = "none"
         super().__post_init__()
@@ -204,7 +230,7 @@ _DECIDED_ELSEWHERE = {
     "batch_eval_metrics": "scores such as BLEU need all outputs at once",
     "use_liger_kernel": "Liger has no kernels for these models",
     "liger_kernel_config": "Liger has no kernels for these models",
-    "parallelism_config": "use `accelerate launch --config_file`, as with configs/accelerate",
+    "parallelism_config": "set training.tensor_parallel_size, or launch with configs/accelerate/fsdp2.yaml",
     "sortish_sampler": "set training.train_sampling_strategy: group_by_length",
 }
 _FROM_THE_TOKENIZER = (
@@ -231,6 +257,8 @@ _SECTIONS: dict[str, type] = {
     "generation": GenerationArguments,
     "training": TrainingArguments,
 }
+# What tensor parallelism cuts, of either side.
+_CUT = ("attention_heads", "num_key_value_heads", "ffn_dim")
 # What a token budget takes the place of, and what a stream cannot have.
 _WITHOUT_BUDGET = (
     "per_device_train_batch_size",
@@ -311,7 +339,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
         return f"{path} with the overrides" if section in {changed for changed, _ in keys_changed} else str(path)
 
     sections["model"] = _checked_model(sections["model"], where)
-    _build_config(sections["model"], f"{files('model')}: model")
+    config = _build_config(sections["model"], f"{files('model')}: model")
     for key in sections["tokenizer"] if "from_pretrained" in sections["model"] else ():
         raise ValueError(
             f"{where('tokenizer', key)}tokenizer.{key} must be left out: a model that starts from a checkpoint "
@@ -341,6 +369,7 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
             f"{where('training', 'teacher_forcing_schedule')}training.teacher_forcing_schedule is for models of type "
             f"'dragoman_rnn', not {model_type!r}; leave it out"
         )
+    _check_parts(built["training"].tensor_parallel_size, config, where("training", "tensor_parallel_size"))
     check_generation(built["generation"], f"{files('generation')}: generation.")
     try:  # what generate() would ignore (top_k without sampling) cannot be saved with a model
         check_combination(built["generation"].given())
@@ -457,6 +486,18 @@ def _checked_batches(
         if keys[key] == "epoch":
             raise ValueError(f"{where('training', key)}training.{key} is 'epoch', which a stream has not; use steps")
     return keys
+
+
+def _check_parts(parts: int, config: PreTrainedConfig, where: str) -> None:
+    """Refuse tensor parallelism that would cut an attention head or the columns of an MLP unevenly."""
+    if parts == 1:
+        return
+    name = f"{where}training.tensor_parallel_size"
+    if config.model_type != "dragoman":
+        raise ValueError(f"{name} is for models of type 'dragoman', not {config.model_type!r}; leave it out")
+    for key in (f"{side}_{size}" for side in ("encoder", "decoder") for size in _CUT):
+        if getattr(config, key) % parts:
+            raise ValueError(f"{name} is {parts}, which must divide model.{key}, here {getattr(config, key)}")
 
 
 def preset(name: str, **overrides: Any) -> PreTrainedConfig:

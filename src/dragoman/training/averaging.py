@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from dragoman.files import check_new_folder, new_folder
-from dragoman.training.checkpoints import COMPLETE_FILE, PLOT_FILE, SAMPLES_FILE, TEST_FILE, complete_checkpoints
+from dragoman.training.checkpoints import (
+    COMPLETE_FILE,
+    PLOT_FILE,
+    SAMPLES_FILE,
+    TEST_FILE,
+    complete_checkpoints,
+    load_parts,
+)
 
 
 # Of a checkpoint whose model.safetensors is the average: the weights that the optimizer goes on with.
@@ -100,11 +106,8 @@ class WeightAverage(TrainerCallback):
 
     def load(self, checkpoint: Path) -> None:
         """The model has the average in a checkpoint of FSDP2 for good; each process takes its share of it."""
-        files = checkpoint.glob("model*.safetensors")
-        saved: dict[str, Any] = {name: weight for file in files for name, weight in load_file(file).items()}
         self._reshard()
-        # Not strict: of tied weights one is saved.
-        set_model_state_dict(self.model, saved, options=StateDictOptions(full_state_dict=True, strict=False))
+        load_parts(self.model, checkpoint)
 
     def _weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         self._reshard()

@@ -3,6 +3,10 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 
 COMPLETE_FILE = "complete.json"
@@ -25,6 +29,14 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 def unfinished_checkpoints(run: Path) -> list[Path]:
     return [folder for folder in checkpoints(run) if not (folder / COMPLETE_FILE).exists()]
+
+
+def load_parts(model: Any, checkpoint: Path) -> None:
+    """The model, shared out among processes, has the whole weights in a checkpoint; each process takes its parts."""
+    files = checkpoint.glob("model*.safetensors")
+    saved: dict[str, Any] = {name: weight for file in files for name, weight in load_file(file).items()}
+    # Not strict: of tied weights one is saved.
+    set_model_state_dict(model, saved, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def step_of(folder: Path) -> int:

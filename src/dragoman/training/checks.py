@@ -16,6 +16,7 @@ _AT_LEAST_1 = (
     "per_device_eval_batch_size",
     "max_tokens_per_batch",
     "gradient_accumulation_steps",
+    "tensor_parallel_size",
     "eval_accumulation_steps",
     "save_total_limit",
     "early_stopping_patience",

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from dragoman.models.loss import rows_at_a_time
@@ -62,6 +63,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the memory of training on batches of this size, the longest that can come.
 
+    Under tensor parallelism every process has to call it.
+
     The activations are measured: forward passes of one and two rows in training mode, as long as the batch, count the
     bytes that autograd keeps, and each further row adds the difference. Added are two times the logits that the loss
     holds at a time, in single precision. Not counted: the Python process and its libraries (0.5 to 1 GB), what the
@@ -89,9 +92,9 @@ def estimate_memory(
         model.activation_checkpointing_disable()
     vocab_size = model.config.vocab_size
     logits = min(rows * target_length, rows_at_a_time(vocab_size)) * vocab_size
-    gradients = sum(parameter.nbytes for parameter in trained)
+    gradients = sum(_held(parameter).nbytes for parameter in trained)
     return MemoryEstimate(
-        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        weights=sum(_held(tensor).nbytes for tensor in (*model.parameters(), *model.buffers())),
         gradients=gradients,
         optimizer=gradients * _states(arguments),
         average=gradients if averaging else 0,
@@ -103,11 +106,11 @@ def estimate_memory(
 def _kept_bytes(model: PreTrainedModel, arguments: Any, rows: int, source_length: int, target_length: int) -> int:
     """What autograd keeps of a forward pass as the Trainer calls it, beside the model's own tensors."""
     device = model.device
-    own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    own = {_held(tensor).data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
+        storage = _held(tensor).untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -128,6 +131,12 @@ def _kept_bytes(model: PreTrainedModel, arguments: Any, rows: int, source_length
         )
     del outputs  # not before: storages that are freed would be counted again
     return sum(kept.values())
+
+
+@torch.no_grad()
+def _held(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor, all of it but under tensor parallelism."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _states(arguments: Any) -> int:

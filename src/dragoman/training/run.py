@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather
+from accelerate.utils import DistributedType, broadcast_object_list, gather
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from safetensors import SafetensorError
@@ -37,6 +37,7 @@ from transformers import (
     TrainerState,
     set_seed,
 )
+from transformers.distributed import DistributedConfig
 
 from dragoman.data.collators import PackingCollator, Seq2SeqCollator, encode_pairs
 from dragoman.data.languages import save_prefix, set_languages
@@ -101,6 +102,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
             f"there are {arguments.n_gpu} GPUs: start one process on each, with `accelerate launch --multi_gpu "
             "-m dragoman train ...`, or choose one with CUDA_VISIBLE_DEVICES=0"
         )
+    _check_processes(arguments)
     with _one_sentence_for_disk_errors(output):
         _check_output(output, experiment, resume, overwrite)
         checkpoint = last_complete_checkpoint(output) if resume else None
@@ -168,8 +170,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         )
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trainer.add_callback(_Lines(say) if arguments.disable_tqdm else _Progress)
-    if arguments.process_index == 0:
-        say(f"memory: {_memory(model, experiment, encoded['train'])}")
+    say(f"memory: {_memory(model, experiment, encoded['train'])}")
     with _one_sentence_for_disk_errors(output), companion.catching_signals():
         if arguments.process_index == 0:
             _claim_output(output, experiment, overwrite)
@@ -209,6 +210,21 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     return output
 
 
+def _check_processes(arguments: TrainingArguments) -> None:
+    """Refuse tensor parallelism where there is not one process for each part."""
+    parts, processes = arguments.tensor_parallel_size, arguments.world_size
+    if parts == 1:
+        return
+    if parts != processes:
+        started = "there is 1 process" if processes == 1 else f"there are {processes} processes"
+        raise ValueError(
+            f"training.tensor_parallel_size is {parts}, but {started}: start {parts} with `accelerate launch "
+            f"--config_file configs/accelerate/tensor_parallel.yaml --num_processes {parts} scripts/train.py ...`"
+        )
+    if arguments.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        raise ValueError("training.tensor_parallel_size needs GPUs: Accelerate refuses it for processes on the CPU")
+
+
 def build_model(
     experiment: Experiment, tokenizer: ProcessingClass, longest_target: int, target_languages: Sequence[str] = ()
 ) -> PreTrainedModel:
@@ -229,13 +245,15 @@ def build_model(
         settings.setdefault(argument, language_id(tokenizer, target_languages[0]))
     elif argument == "forced_bos_token_id" and target_languages:
         settings.setdefault(argument, None)  # what a checkpoint has saved is one of them
+    parts = experiment.training.tensor_parallel_size
+    cut: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=parts)} if parts > 1 else {}
     start = experiment.model.get("from_pretrained")
     if start is not None:
         config = experiment.model_config()
         length = _longest_output(longest_target, config)
         check_token_ids(settings, config.vocab_size, "generation.")
         with one_sentence_for_damaged_weights(folder := model_folder(start)):
-            model = AutoModelForSeq2SeqLM.from_pretrained(folder, config=config, dtype=torch.float32)
+            model = AutoModelForSeq2SeqLM.from_pretrained(folder, config=config, dtype=torch.float32, **cut)
         saved = model.generation_config.to_dict()
         if "max_new_tokens" in settings:
             settings["max_length"] = None
@@ -250,6 +268,8 @@ def build_model(
     else:
         check_token_ids(settings, len(target), "generation.")
         model, special_ids = _fresh_model(experiment, source, target)
+        if cut:
+            model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), **cut)
         if "max_new_tokens" not in settings:
             settings.setdefault("max_length", _longest_output(longest_target, model.config))
         model.generation_config = GenerationConfig(**special_ids, **settings)
@@ -470,6 +490,7 @@ _OF_THE_RUN = (
     "packing",
     "train_sampling_strategy",
     "dataloader_drop_last",
+    "tensor_parallel_size",
 )
 
 
@@ -489,14 +510,15 @@ def _check_resumed(output: Path, before: Experiment, now: Experiment) -> None:
         return
     marker = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
     accumulated, processes = before.training.gradient_accumulation_steps, marker["processes"]
-    batches, now_batches = accumulated * processes, now.training.gradient_accumulation_steps * now.training.world_size
-    if batches != now_batches or (now.data.streaming and processes != now.training.world_size):
+    now_accumulated, now_processes = now.training.gradient_accumulation_steps, now.training.data_processes
+    batches = accumulated * processes
+    if batches != now_accumulated * now_processes or (now.data.streaming and processes != now_processes):
         remedy = f"start as many processes, with training.gradient_accumulation_steps={accumulated}"
-        if batches % now.training.world_size == 0 and not now.data.streaming:
-            remedy = f"set training.gradient_accumulation_steps={batches // now.training.world_size}"
+        if batches % now_processes == 0 and not now.data.streaming:
+            remedy = f"set training.gradient_accumulation_steps={batches // now_processes}"
         raise ValueError(
             f"cannot resume {output}: {processes} processes with {accumulated} batches each made an update, now it "
-            f"would be {now.training.world_size} with {now.training.gradient_accumulation_steps}; {remedy}"
+            f"would be {now_processes} with {now_accumulated}; {remedy}"
         )
 
 
@@ -649,7 +671,7 @@ def _say_scores(say: Callable[..., None], scores: dict[str, float], generation_c
 def _mark_complete(experiment: Experiment, folder: Path, state: TrainerState) -> None:
     experiment.save(folder / EXPERIMENT_FILE)
     marker = {"step": state.global_step, "epoch": state.epoch, "best_validation": state.best_metric}
-    marker["processes"] = experiment.training.world_size
+    marker["processes"] = experiment.training.data_processes
     write_whole(folder / COMPLETE_FILE, json.dumps(marker) + "\n")
 
 

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -13,6 +13,8 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler
 from transformers import Seq2SeqTrainer, TrainerState
+from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
 
@@ -23,12 +25,25 @@ from dragoman.models.scheduled_sampling import teacher_forcing_schedule
 from dragoman.training.arguments import TrainingArguments
 from dragoman.training.averaging import WeightAverage
 from dragoman.training.batches import LengthGroups, StreamedBatches, TokenBudgetSampler, side_lengths
-from dragoman.training.checkpoints import COMPLETE_FILE, EXPERIMENT_FILE, checkpoints
+from dragoman.training.checkpoints import COMPLETE_FILE, EXPERIMENT_FILE, checkpoints, load_parts
 from dragoman.training.watching import Divergence, Samples, Speed
 
 
 # While checkpoints are pushed; no checkpoint itself, but named so that nothing takes it for a part of the model.
 UPLOADED_FOLDER = "checkpoint-pushed"
+# Of a checkpoint under tensor parallelism: each process's part of the optimizer's state.
+OPTIMIZER_FOLDER = "optimizer"
+
+
+@contextmanager
+def _taking_a_cut_model(model: Any, arguments: Any) -> Iterator[None]:
+    """The Trainer takes a model under tensor parallelism where it saves no optimizer, which `DurableTrainer` does."""
+    save_only_model = arguments.save_only_model
+    arguments.save_only_model |= bool(model.is_distributed_loading_by_transformers)
+    try:
+        yield
+    finally:
+        arguments.save_only_model = save_only_model
 
 
 class DurableTrainer(Seq2SeqTrainer):
@@ -38,7 +53,8 @@ class DurableTrainer(Seq2SeqTrainer):
     one, and tells what it is doing.
 
     A subclass, because the Trainer deletes old checkpoints before a callback hears of the new one, makes one step more
-    when it resumes a run that had made its last, and shows its batches and gradients to no callback.
+    when it resumes a run that had made its last, and shows its batches and gradients to no callback; and because under
+    tensor parallelism it neither saves nor loads a checkpoint, and scores every row once for each process.
 
     Args:
         complete_checkpoint: writes what belongs into a checkpoint's folder besides, and at last the marker.
@@ -58,7 +74,8 @@ class DurableTrainer(Seq2SeqTrainer):
         samples: Samples | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        with _taking_a_cut_model(kwargs["model"], kwargs["args"]):
+            super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled and isinstance(self.model, DragomanRnnForConditionalGeneration):
             raise ValueError(
                 "a recurrent model has no layers that FSDP could share out among processes; leave out training.fsdp, "
@@ -147,13 +164,36 @@ class DurableTrainer(Seq2SeqTrainer):
             self.average = None  # the model is the average now
         return output
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.get_tp_size() == 1:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        save_optimizer_distributed(self.model, optimizer.optimizer, str(Path(output_dir, OPTIMIZER_FOLDER)))
+        if self.args.should_save:
+            torch.save(scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.get_tp_size() == 1:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        load_optimizer_distributed(self.model, optimizer.optimizer, str(Path(checkpoint, OPTIMIZER_FOLDER)))
+        scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.get_tp_size() > 1:
+            load_parts(self.model, Path(resume_from_checkpoint))
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.average is not None:
             resume = self.average.resume_shared_out if self.is_fsdp_enabled else self.average.resume
             resume(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
+        if self.get_tp_size() > 1:
+            load_parts(self.model, Path(str(self.state.best_model_checkpoint)))
+            return
         super()._load_best_model()
         if self.average is not None and self.is_fsdp_enabled:
             self.average.load(Path(str(self.state.best_model_checkpoint)))
@@ -191,9 +231,14 @@ class DurableTrainer(Seq2SeqTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Several processes share out equal numbers of rows, the last ones twice; Seq2SeqTrainer would count those.
-        self.gather_function = self.accelerator.gather_for_metrics
+        self.gather_function = self.accelerator.gather_for_metrics if self.get_tp_size() == 1 else self._rows_here
         with self._averaged():
             return super().evaluation_loop(*args, **kwargs)
+
+    def _rows_here(self, rows: torch.Tensor) -> torch.Tensor:
+        """As `gather_for_metrics`, but under tensor parallelism, where every process has all rows."""
+        batches = self.accelerator.gradient_state
+        return rows[: batches.remainder] if batches.end_of_dataloader and batches.remainder > 0 else rows
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.applied()
@@ -218,8 +263,12 @@ class DurableTrainer(Seq2SeqTrainer):
         if "train_loss" in logs and self.state.global_step == self._initial_global_step:
             return  # a resumed run that had made its last step: a loss of 0 and a speed of 0, of no steps
         if "loss" in logs:
-            logs |= self.speed.figures(lambda counts: self.accelerator.gather(counts.to(self.args.device)))
+            logs |= self.speed.figures(self._gather_counts)
         super().log(logs, *args, **kwargs)
+
+    def _gather_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """Of the processes that have batches of their own."""
+        return self.accelerator.gather(counts.to(self.args.device))[:: self.get_tp_size()]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.shows_samples = self.samples is not None and self.args.predict_with_generate
@@ -267,7 +316,7 @@ class BatchingTrainer(DurableTrainer):
             if isinstance(sampler, LengthGroupedSampler):
                 return LengthGroups(sampler, self.data_seed, self._epoch)
             return sampler
-        processes = self.args.world_size
+        processes = self.args.data_processes
         sources, targets = side_lengths(self.train_dataset if train_dataset is None else train_dataset)
         batches = TokenBudgetBatches(
             sources,
@@ -276,7 +325,7 @@ class BatchingTrainer(DurableTrainer):
             multiple_of=processes,
             packing=self.args.packing,
         )
-        return TokenBudgetSampler(batches, self.data_seed, self._epoch, self.args.process_index, processes)
+        return TokenBudgetSampler(batches, self.data_seed, self._epoch, self.args.data_index, processes)
 
     def _epoch(self) -> int:
         return int(self.state.epoch or 0)
@@ -291,7 +340,7 @@ class BatchingTrainer(DurableTrainer):
         arguments = self.args
         rows = self.train_dataset.shuffle(seed=self.data_seed, buffer_size=self.shuffle_buffer)
         batches = StreamedBatches(
-            split_dataset_by_node(rows, arguments.process_index, arguments.world_size),
+            split_dataset_by_node(rows, arguments.data_index, arguments.data_processes),
             self.data_seed,
             window=self.shuffle_buffer,
             batch_size=self._train_batch_size,
