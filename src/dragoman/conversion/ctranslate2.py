@@ -1,6 +1,5 @@
 """A Transformer as a CTranslate2 model: the same weights under other names, quantized if wanted."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ ACTIVATIONS = {
     "gelu_new": common_spec.Activation.GELUTanh,
     "gelu_fast": common_spec.Activation.GELUTanh,
     "gelu_pytorch_tanh": common_spec.Activation.GELUTanh,
+    "gelu_python_tanh": common_spec.Activation.GELUTanh,
     "gelu_accurate": common_spec.Activation.GELUTanh,
     "quick_gelu": common_spec.Activation.GELUSigmoid,
     "silu": common_spec.Activation.SWISH,
@@ -45,14 +45,15 @@ def write(
         quantization: one of `QUANTIZATIONS`.
 
     Returns:
-        the settings of decoding that the model was saved with, none of which these files can hold.
+        the settings of decoding that the model was saved with, none of which these files can hold. They have room for
+        one end token: several ends are among the settings then, and `translate_batch` takes them as `end_token`.
 
     Raises:
         ValueError: CTranslate2 cannot express some of the options, all of them named; or the tokenizer has more ids
             than the model.
     """
     config, ids = model.config, special_ids(model)
-    problems = inexpressible(config, ids["eos_token_id"])
+    problems = inexpressible(config)
     if problems:
         raise ValueError(f"CTranslate2 cannot express {', '.join(problems)}.")
     spec = specification(model)
@@ -60,8 +61,8 @@ def write(
     tokens = vocabulary(target, config.vocab_size)
     spec.register_source_vocabulary(vocabulary(source, config.source_vocab_size or config.vocab_size))
     spec.register_target_vocabulary(tokens)
-    start, (end,) = ids["decoder_start_token_id"], ids["eos_token_id"] or [None]
-    names = {"bos_token": config.bos_token_id, "eos_token": end, "unk_token": target.unk_token_id}
+    start, ends = ids["decoder_start_token_id"], ids["eos_token_id"]
+    names = {"bos_token": config.bos_token_id, "eos_token": next(iter(ends), None), "unk_token": target.unk_token_id}
     for name, number in names.items():
         if number is not None:
             setattr(spec.config, name, tokens[number])
@@ -70,24 +71,28 @@ def write(
     spec.validate()
     spec.optimize(quantization)
     spec.save(str(folder))
-    return saved_settings(model)
+    settings = saved_settings(model)
+    return {**settings, "eos_token_id": ends} if len(ends) > 1 else settings
 
 
-def inexpressible(config: DragomanConfig, ends: Sequence[int] = ()) -> list[str]:
-    """The options that CTranslate2 has no counterpart for, as `name=value`. Its norms of queries and keys differ.
+def inexpressible(config: DragomanConfig) -> list[str]:
+    """
+    The options that CTranslate2 has no counterpart for, as `name=value`.
 
-    Args:
-        ends: the ids with which an output ends, of which it knows one.
+    Its norm of the queries treats each head by itself in self-attention, but in cross-attention all heads as one
+    vector, which is the same for one head only. Of the rotary positions whose frequencies follow the length of the
+    input it lacks `dynamic`, and its `longrope`, once it met a long input, keeps the long factors for short ones.
     """
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     checks = {
         "activation_function": config.activation_function not in ACTIVATIONS,
         "attention_direction": config.attention_direction != "bidirectional",
-        "rope_parameters": config.position_embedding_type == "rotary" and rope not in ("default", "linear"),
-        "qk_norm": config.qk_norm,
+        "rope_parameters": config.position_embedding_type == "rotary" and rope in ("dynamic", "longrope"),
     }
     problems = [f"{name}={getattr(config, name)!r}" for name, wrong in checks.items() if wrong]
-    return [*problems, f"eos_token_id={ends!r}"] if len(ends) > 1 else problems
+    if config.qk_norm and config.decoder_attention_heads > 1:
+        problems.append(f"qk_norm=True with decoder_attention_heads={config.decoder_attention_heads}")
+    return problems
 
 
 def specification(model: DragomanForConditionalGeneration) -> Any:
@@ -100,7 +105,7 @@ def specification(model: DragomanForConditionalGeneration) -> Any:
     for side in SIDES:
         stack, place = getattr(model.model, side), getattr(spec, side)
         embeddings = place.embeddings[0] if side == "encoder" else place.embeddings
-        embeddings.weight = _numbers(stack.embed_tokens.weight)
+        embeddings.weight = _numbers(stack.embed_tokens.weight).clone()  # quantizing would change the model's own
         place.pre_norm = config.norm_position == "pre"
         place.scale_embeddings = config.d_model**0.5 if config.scale_embedding else False
         if config.position_embedding_type in ("sinusoidal", "learned", "none"):
@@ -113,7 +118,9 @@ def specification(model: DragomanForConditionalGeneration) -> Any:
             _attention(layer_place.self_attention, layer.self_attn, [[*"qkv"]], layer.self_attn_norm)
             if side == "decoder":
                 _attention(layer_place.attention, layer.cross_attn, [["q"], ["k", "v"]], layer.cross_attn_norm)
-            if config.position_embedding_type == "relative":
+            if config.position_embedding_type == "rotary":
+                _rotation(layer_place.self_attention, stack.rotary_emb)
+            elif config.position_embedding_type == "relative":
                 layer_place.self_attention.relative_attention_bias = _numbers(stack.relative_bias.weight.weight)
                 layer_place.self_attention.relative_attention_max_distance = torch.tensor(
                     config.relative_max_distance, dtype=torch.int32
@@ -143,6 +150,7 @@ def _options(config: DragomanConfig, side: str) -> dict[str, Any]:
         "relative_attention_bias": config.position_embedding_type == "relative",
         "ffn_glu": config.gated_mlp,
         "rms_norm": config.norm_type == "rmsnorm",
+        "qk_norm": config.qk_norm,
     }
     if config.position_embedding_type == "rotary":
         rope = config.get_text_config(**{side: True}).rope_parameters
@@ -156,6 +164,8 @@ def _options(config: DragomanConfig, side: str) -> dict[str, Any]:
                 "rotary_scaling_type": RotaryScalingType.Linear,
                 "rotary_scaling_factor": rope["factor"],
             }
+        elif rope["rope_type"] != "default":
+            options["rotary_scaling_type"] = RotaryScalingType.Su  # which `_rotation` completes
     return options
 
 
@@ -174,6 +184,24 @@ def _attention(place: Any, attention: Any, groups: list[list[str]], norm: nn.Mod
     _linear(place.linear[len(groups)], [attention.o_proj])
     place.queries_scale = attention.scaling
     _norm(place.layer_norm, norm)
+    if attention.config.qk_norm:
+        _norm(place.q_norm, attention.q_norm)
+        _norm(place.k_norm, attention.k_norm)
+
+
+def _rotation(place: Any, rotary: Any) -> None:
+    """
+    What the rotary options leave to say of positions that are scaled otherwise than linearly.
+
+    CTranslate2 has a type of rotation, made for `longrope`, with a factor for each frequency, and without a length at
+    which to begin it always takes the long ones: any fixed frequencies can be written so. A factor on sine and cosine
+    of queries and keys alike is its square on the scores.
+    """
+    place.queries_scale *= rotary.attention_scaling**2
+    if rotary.rope_type not in ("default", "linear"):
+        usual, _ = rotary.compute_default_rope_parameters(rotary.config)
+        place.rotary_scaling_long_factor = usual / _numbers(rotary.inv_freq)
+        place.rotary_scaling_short_factor = place.rotary_scaling_long_factor
 
 
 def _linear(place: Any, projections: list[nn.Module]) -> None:
