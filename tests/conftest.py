@@ -8,6 +8,8 @@ import torch
 from hypothesis import settings
 
 import dragoman
+import reference
+from dragoman.models import varlen
 from training.experiments import shorten_trainings
 
 
@@ -180,6 +182,13 @@ def any_family(request) -> Family:
 @pytest.fixture(params=[one for one in FAMILIES if one.is_transformer], ids=lambda one: one.name)
 def any_transformer(request) -> Family:
     return request.param
+
+
+@pytest.fixture
+def varlen_on_cpu(monkeypatch):
+    """Slow kernels in the place of those that need a GPU."""
+    monkeypatch.setattr(varlen, "varlen_attn", reference.varlen_attn)
+    monkeypatch.setattr(varlen, "check_kernel", lambda device, dtype, head_dim: None)
 
 
 @pytest.fixture

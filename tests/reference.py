@@ -3,6 +3,7 @@ Slow and obvious versions of what the package does fast, written from the formul
 heads and positions, no masks, no caches.
 """
 
+import itertools
 import math
 
 import torch
@@ -172,6 +173,42 @@ def _attention(weights, config, side, name, x, memory, causal):
             output.append(sum(probabilities[s] * values[s, group] for s in range(len(memory))))
     output = torch.stack(output).view(heads, len(x), size).transpose(0, 1)
     return _linear(weights, name + ".o_proj", output.reshape(len(x), heads * size))
+
+
+def varlen_attn(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    """
+    `torch.nn.attention.varlen.varlen_attn`, from its documentation, for what it is asked here: the queries (Q, H, d) of
+    each sequence over its keys (R, G, d); with a window of (-1, 0) the last query sees the last key, as in flash
+    attention since 2.1.
+    """
+    assert return_aux is seqused_k is block_table is num_splits is None
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert window_size in ((-1, -1), (-1, 0))
+    assert query.dtype == key.dtype == value.dtype
+    heads, groups = query.shape[1], key.shape[1]
+    assert enable_gqa or heads == groups
+    query_ends, key_ends = cu_seq_q.tolist(), cu_seq_k.tolist()
+    assert len(query_ends) == len(key_ends) > 1
+    assert (query_ends[0], query_ends[-1], key_ends[0], key_ends[-1]) == (0, len(query), 0, len(key))
+    assert max(b - a for a, b in itertools.pairwise(query_ends)) == max_q
+    assert max(b - a for a, b in itertools.pairwise(key_ends)) == max_k
+    rows = []
+    for sequence in range(len(query_ends) - 1):
+        first, after = query_ends[sequence : sequence + 2]
+        keys, values = (x[slice(*key_ends[sequence : sequence + 2])].double() for x in (key, value))
+        assert len(keys)
+        for place in range(first, after):
+            seen = len(keys) - (after - 1 - place) if window_size == (-1, 0) else len(keys)
+            parts = []
+            for head in range(heads):
+                group = head // (heads // groups)
+                scores = keys[:seen, group] @ query[place, head].double() * scale
+                parts.append(scores.softmax(dim=0) @ values[:seen, group])
+            rows.append(torch.stack(parts))
+    return torch.stack(rows).to(query.dtype)
 
 
 # ---------------------------------------------------------------- whole classes, as the founding texts describe them

@@ -23,6 +23,7 @@ from dragoman.inference.arguments import parse_generation_options
 from dragoman.inference.loading import load
 from dragoman.inference.scoring import score
 from dragoman.inference.translate import translate
+from dragoman.models import attention
 from training.experiments import write_experiment
 
 
@@ -57,6 +58,50 @@ def test_no_bars_in_a_file(tmp_path):
     assert result.stderr == ""
     assert re.search(r"^epoch 0\.50 of 1, step 3 of 3: loss \d", result.stdout, re.MULTILINE)
     assert "{'loss'" not in result.stdout
+
+
+def test_the_attention_of_training_steps(tmp_path, monkeypatch):
+    """That of evaluations and of the saved model stays what it is."""
+    path, training = write_experiment(tmp_path), set()
+
+    def record(module, *args, **kwargs):
+        training.add(module.training)
+        return eager_attention(module, *args, **kwargs)
+
+    eager_attention = attention.eager_attention
+    monkeypatch.setattr(attention, "eager_attention", record)
+    result = dragoman_command("train", path, "training.max_steps=2")
+    assert result.exit_code == 0, result.output
+    assert not training
+    result = dragoman_command(
+        "train", path, "training.max_steps=2", "--overwrite", "training.attn_implementation=eager"
+    )
+    assert result.exit_code == 0, result.output
+    assert training == {True}
+    run = path.parent / "run"
+    assert "attn_implementation: eager" in (run / "experiment.yaml").read_text()
+    assert "attn" not in (run / "config.json").read_text()
+    assert load(run)[0].config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), [
+    (["training.attn_implementation=flash"],
+     "override: training.attn_implementation must be 'eager' or 'sdpa' or 'flex_attention' or 'varlen' or null, "
+     "got 'flash'"),
+    (["training.attn_implementation=sdpa", "model.preset=lstm_luong"],
+     "override: training.attn_implementation is for models of type 'dragoman', not 'dragoman_rnn'; leave it out"),
+    (["training.attn_implementation=flex_attention"],
+     "training.attn_implementation 'flex_attention' has no gradients on cpu: use 'sdpa' or 'eager'"),
+    (["training.attn_implementation=varlen", "training.bf16=true"],
+     "training.attn_implementation 'varlen' needs a GPU and bfloat16 or float16, not bfloat16 on cpu: use 'sdpa'."),
+    (["training.attn_implementation=varlen", "model.attention_dropout=0.1"],
+     "training.attn_implementation 'varlen' cannot do attention_dropout=0.1: use 'sdpa' or 'eager'."),
+])  # fmt: skip
+def test_attention_that_cannot_be(tmp_path, overrides, sentence):
+    result = dragoman_command("train", write_experiment(tmp_path), *overrides)
+    assert result.exit_code == 2
+    assert result.stderr == f"dragoman train: {sentence}\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_train_twice_needs_a_decision(tmp_path, model):

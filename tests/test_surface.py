@@ -154,6 +154,7 @@ def test_sections_of_an_experiment():
         "max_pairs",
     }
     assert own_fields(arguments.TrainingArguments, Seq2SeqTrainingArguments) == {
+        "attn_implementation",
         "early_stopping_patience",
         "ema_decay",
         "max_tokens_per_batch",

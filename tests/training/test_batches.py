@@ -10,8 +10,10 @@ from datasets.distributed import split_dataset_by_node
 from safetensors.torch import load_file
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+import reference
 from dragoman.data.batching import TokenBudgetBatches
-from dragoman.training import run
+from dragoman.models import varlen
+from dragoman.training import checks, run
 from dragoman.training.arguments import load_experiment
 from dragoman.training.batches import LengthGroups, StreamedBatches, TokenBudgetSampler, side_lengths
 from dragoman.training.run import train
@@ -145,6 +147,28 @@ def test_a_resumed_run_sees_the_same_batches(tmp_path, monkeypatch, packing, ste
             train(experiment(tmp_path / "broken", training=changes))
     resumed = train(experiment(tmp_path / "broken", training=changes), resume=True)
     assert_equal_weights(resumed, whole)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_attention_over_real_tokens_alone(tmp_path, monkeypatch, varlen_on_cpu, packing):
+    """A run makes the steps of a run with masks, by kernels that stand for a GPU's; evaluations have none of them."""
+    training = []
+
+    def record(*args, **kwargs):
+        training.append(torch.is_grad_enabled())
+        return reference.varlen_attn(*args, **kwargs)
+
+    monkeypatch.setattr(checks, "check_kernel", lambda device, dtype, head_dim: None)
+    monkeypatch.setattr(varlen, "varlen_attn", record)
+    found = []
+    for name in ("sdpa", "varlen"):
+        changes = {"packing": packing, "attn_implementation": name, "max_steps": 4, "logging_steps": 1}
+        log = log_of(train(experiment(tmp_path / name, training=changes)))["log_history"]
+        found.append([(entry["loss"], entry["grad_norm"]) for entry in log if "loss" in entry])
+        assert bool(training) == (name == "varlen")
+    assert all(training)
+    assert len(found[0]) == 4
+    torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(found[0]), rtol=1e-4, atol=1e-4)
 
 
 def test_groups_of_like_lengths_are_the_same_after_resuming(tmp_path, monkeypatch):

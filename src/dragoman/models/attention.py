@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .fast_linear import Linear
 from .positions import leave, rotate
+from .varlen import varlen_attention
 
 
 # Shapes: B batch, T queries, S (or K) keys, D model width, H query heads, G key and value heads, d head width.
@@ -48,6 +49,9 @@ def eager_attention(
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+ALL_ATTENTION_FUNCTIONS.register("varlen", varlen_attention)
 
 
 class ScaledQuery(Linear):

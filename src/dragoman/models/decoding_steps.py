@@ -325,7 +325,7 @@ def can_be_lean(model, model_kwargs: dict[str, Any]) -> bool:
         model_kwargs["use_cache"]
         and isinstance(cache, EncoderDecoderCache)
         and (mask is None or mask.ndim == 2)
-        and model.config._attn_implementation in ("eager", "sdpa")
+        and model.config._attn_implementation in ("eager", "sdpa", "varlen")
         and model.config.attention_direction == "bidirectional"
         and not any(module.training or is_watched(module) for module in model.modules())
     )

@@ -6,12 +6,13 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from .positions import count_positions
+from .varlen import Sequences, find_sequences
 
 
 # Shapes: B sources, g target rows per source, T target length of this call, S source length, D model width.
 # A mask comes from the user as (B, S) or (B, T), true where there is a token, or as a finished 4-D mask: boolean (true
 # where attention is allowed) or additive. Every 4-D mask is made additive with the lowest finite number, so that a row
-# that may look nowhere stays finite.
+# that may look nowhere stays finite. For "varlen" there are no masks but `Sequences`, which say the same.
 
 
 def encoder_self_mask(config: PreTrainedConfig, embeds, attention_mask, segment_ids):
@@ -19,6 +20,9 @@ def encoder_self_mask(config: PreTrainedConfig, embeds, attention_mask, segment_
     same = None if segment_ids is None else _same_segment(segment_ids, segment_ids)
     if attention_mask is not None and attention_mask.ndim == 4:
         return _restrict(_additive(config, attention_mask, embeds.dtype), same, embeds.shape[0], embeds.shape[1])
+    if config._attn_implementation == "varlen":
+        tokens = _tokens(embeds, embeds.shape[1], attention_mask, segment_ids)
+        return find_sequences(*tokens, *tokens)
     return create_bidirectional_mask(config, embeds, attention_mask, and_mask_function=same)
 
 
@@ -30,6 +34,8 @@ def decoder_self_mask(
     if attention_mask is not None and attention_mask.ndim == 4:
         return _restrict(_additive(config, attention_mask, embeds.dtype), same, embeds.shape[0], embeds.shape[1])
     cache = None if past_key_values is None else past_key_values.self_attention_cache
+    if config._attn_implementation == "varlen":
+        return _sequences_so_far(embeds, attention_mask, cache, segment_ids)
     return create_causal_mask(config, embeds, attention_mask, cache, and_mask_function=same)
 
 
@@ -89,9 +95,33 @@ def cross_mask(
         finished = _additive(config, real[:, None, None].bool(), embeds.dtype)
     if finished is not None:
         return _restrict(finished, allowed, sources, folded.shape[1])
+    if config._attn_implementation == "varlen":
+        segments = None if segment_ids is None else segment_ids.reshape(sources, -1)
+        queries = _tokens(folded, folded.shape[1], None, segments)
+        return find_sequences(
+            *queries, *_tokens(folded, encoder_hidden_states.shape[1], attention_mask, encoder_segment_ids)
+        )
     return create_bidirectional_mask(
         config, folded, attention_mask, encoder_hidden_states=encoder_hidden_states, and_mask_function=allowed
     )
+
+
+def _tokens(embeds, length: int, attention_mask, segment_ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """Segment numbers (B, length), 0 where there are none, and which tokens are real (B, length)."""
+    zeros = torch.zeros(embeds.shape[0], length, dtype=torch.long, device=embeds.device)
+    segments = zeros if segment_ids is None else segment_ids.to(zeros.device)
+    return segments, (zeros == 0) if attention_mask is None else attention_mask.to(zeros.device).bool()
+
+
+def _sequences_so_far(embeds, attention_mask, cache, segment_ids) -> Sequences:
+    """The last T of all target tokens, those in the cache among them, see what `varlen_attention` lets them see."""
+    if cache is not None and cache.is_compileable:
+        raise ValueError("attn_implementation 'varlen' needs a cache that can grow, not a static one: use 'sdpa'.")
+    past, length = 0 if cache is None else cache.get_seq_length(), embeds.shape[1]
+    if past and segment_ids is not None:
+        raise ValueError("attn_implementation 'varlen' cannot continue packed targets from a cache: use one forward.")
+    segments, real = _tokens(embeds, past + length, attention_mask, segment_ids)
+    return find_sequences(segments[:, past:], real[:, past:], segments, real)
 
 
 def _restrict(mask: torch.Tensor, allowed, rows: int, queries: int) -> torch.Tensor:

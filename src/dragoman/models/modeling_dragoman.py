@@ -184,7 +184,7 @@ class DragomanPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Padded cross-attention through flash kernels has not been verified on a GPU; sdpa reaches the same kernels.
+    # Transformers has one set of lengths for all attention of a forward; "varlen" brings three to such kernels.
     _supports_flash_attn = False
     _can_compile_fullgraph = True
     # Its sharding shifts labels and wants causal masks everywhere.

@@ -131,6 +131,13 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default=False,
         metadata={"help": "Put several pairs into each row; max_tokens_per_batch then counts real tokens."},
     )
+    attn_implementation: Literal["eager", "sdpa", "flex_attention", "varlen"] | None = field(
+        default=None,
+        metadata={
+            "help": "How training steps of a Transformer compute attention; null is Transformers' default, which "
+            "evaluations and the saved model have in any case."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations in a row without a better metric_for_best_model."},
@@ -370,6 +377,11 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Experime
             f"'dragoman_rnn', not {model_type!r}; leave it out"
         )
     _check_parts(built["training"].tensor_parallel_size, config, where("training", "tensor_parallel_size"))
+    if built["training"].attn_implementation is not None and model_type != "dragoman":
+        raise ValueError(
+            f"{where('training', 'attn_implementation')}training.attn_implementation is for models of type 'dragoman', "
+            f"not {model_type!r}; leave it out"
+        )
     check_generation(built["generation"], f"{files('generation')}: generation.")
     try:  # what generate() would ignore (top_k without sampling) cannot be saved with a model
         check_combination(built["generation"].given())

@@ -8,6 +8,7 @@ from accelerate.utils import DynamoBackend
 from transformers import Seq2SeqTrainer, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
+from dragoman.models.varlen import check_kernel, check_settings
 from dragoman.settings import did_you_mean, one_line
 
 
@@ -103,3 +104,27 @@ def check_libraries(arguments: Any) -> None:
             f"lr_scheduler_type {schedule.value} with lr_scheduler_kwargs {arguments.lr_scheduler_kwargs}: "
             f"{one_line(error)}"
         ) from error
+
+
+def check_attention(arguments: Any, config: Any) -> None:
+    """Ask the kernels of `attn_implementation` whether they can train such a model on this device.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    name, device = arguments.attn_implementation, arguments.device.type
+    if name == "flex_attention" and device in ("cpu", "mps"):
+        raise ValueError(f"training.attn_implementation '{name}' has no gradients on {device}: use 'sdpa' or 'eager'")
+    if name == "flex_attention" and config.attention_dropout > 0:
+        raise ValueError(
+            f"training.attn_implementation '{name}' cannot do attention_dropout={config.attention_dropout}: use 'sdpa' "
+            "or 'eager'"
+        )
+    if name == "varlen":
+        dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+        try:
+            check_settings(config, training=True)
+            for head_dim in (config.encoder_head_dim, config.decoder_head_dim):
+                check_kernel(device, dtype, head_dim)
+        except ValueError as error:
+            raise ValueError(f"training.{error}") from error

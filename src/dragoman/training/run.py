@@ -67,6 +67,7 @@ from dragoman.training.checkpoints import (
     step_of,
     unfinished_checkpoints,
 )
+from dragoman.training.checks import check_attention
 from dragoman.training.memory import MemoryEstimate, estimate_memory
 from dragoman.training.push import check_token, one_sentence_for_hub_errors, push
 from dragoman.training.trainer import LanguagesTrainer, ScheduledSamplingTrainer
@@ -114,6 +115,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         recorded = json.loads((output / TEST_FILE).read_text(encoding="utf-8"))
         _say_scores(say, recorded, GenerationConfig.from_pretrained(output))
         return output
+    if arguments.attn_implementation is not None:
+        check_attention(arguments, experiment.model_config())
     if resume:
         for unfinished in unfinished_checkpoints(output):
             say(f"{unfinished} is skipped: the run ended before it was complete")
@@ -131,6 +134,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         encoded = _encode(experiment, pairs, tokenizer, say)
     longest_target = _longest_target(experiment, encoded["train"])
     model = build_model(experiment, tokenizer, longest_target, languages_of(pairs["train"], "target"))
+    if arguments.attn_implementation is not None:
+        model.set_attn_implementation(arguments.attn_implementation)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = [f"{len(side):,}" for side in dict.fromkeys(source_and_target_tokenizer(tokenizer))]
     say(f"vocabulary: {f'{sizes[0]} source, {sizes[1]} target' if len(sizes) == 2 else f'{sizes[0]} joint'}")

@@ -232,13 +232,27 @@ class DurableTrainer(Seq2SeqTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Several processes share out equal numbers of rows, the last ones twice; Seq2SeqTrainer would count those.
         self.gather_function = self.accelerator.gather_for_metrics if self.get_tp_size() == 1 else self._rows_here
-        with self._averaged():
+        with self._averaged(), self._default_attention():
             return super().evaluation_loop(*args, **kwargs)
 
     def _rows_here(self, rows: torch.Tensor) -> torch.Tensor:
         """As `gather_for_metrics`, but under tensor parallelism, where every process has all rows."""
         batches = self.accelerator.gradient_state
         return rows[: batches.remainder] if batches.end_of_dataloader and batches.remainder > 0 else rows
+
+    @contextmanager
+    def _default_attention(self) -> Iterator[None]:
+        """What is good for training may be slow at decoding token by token, or refuse its single precision."""
+        chosen = self.args.attn_implementation
+        if chosen is None:
+            yield
+            return
+        model: Any = self.model
+        model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(chosen)
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.applied()
