@@ -163,6 +163,7 @@ def test_sections_of_an_experiment():
         "samples",
         "stop_on_divergence",
         "teacher_forcing_schedule",
+        "tensor_parallel_size",
     }
 
 
