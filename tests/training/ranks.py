@@ -26,13 +26,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, Seq2SeqTrainingArguments
+from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 from transformers.distributed import DistributedConfig
 
 from dragoman import preset
 from dragoman.data.tokenizers import load_tokenizer, train_tokenizer
 from dragoman.training import run
-from dragoman.training.arguments import Experiment, load_experiment
+from dragoman.training.arguments import Experiment, TrainingArguments, load_experiment
 from dragoman.training.run import train
 from dragoman.training.trainer import DurableTrainer
 from training.experiments import WORDS, shorten_trainings, write_experiment
@@ -106,8 +106,9 @@ def with_the_trainer(folder: Path, processes: int, optimizer: str) -> DurableTra
 
     trainer = DurableTrainer(
         model=model, complete_checkpoint=lambda checkpoint, state: None,
-        args=Seq2SeqTrainingArguments(
-            output_dir=str(folder / "trainer"), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        args=TrainingArguments(
+            output_dir=str(folder / "trainer"), use_cpu=True, disable_tqdm=True, save_strategy="no",
+            eval_strategy="no", load_best_model_at_end=False, metric_for_best_model=None,
             optim=optimizer, learning_rate=OPTIMIZERS[optimizer], lr_scheduler_type="constant", max_steps=STEPS,
             logging_steps=1,
             per_device_train_batch_size=PAIRS // processes, per_device_eval_batch_size=2, weight_decay=0.0,
@@ -187,7 +188,8 @@ def prepare(folder: Path) -> None:
     (folder / "fsdp" / "recurrent.yaml").write_text(yaml.safe_dump(sections))
     (folder / "tp").mkdir()
     even = {"encoder_ffn_dim": 18, "decoder_ffn_dim": 20}
-    path = write_experiment(folder / "tp", model=even, training={**changes, "tensor_parallel_size": 2})
+    changes |= {"tensor_parallel_size": 2, "include_num_input_tokens_seen": "all"}
+    path = write_experiment(folder / "tp", model=even, training=changes)
     sections = yaml.safe_load(path.read_text())
     sections["model"] = {"from_pretrained": str(folder / "tp" / "whole"), "dropout": 0.0}
     del sections["tokenizer"], sections["training"]["per_device_train_batch_size"]

@@ -210,6 +210,7 @@ def test_tensor_parallelism_trains_as_one_process(folder, tmp_path, name, output
     assert len(losses_of(two)) == ranks.STOPPED + 1
     for score, other in zip(scores_of(two), scores_of(one), strict=True):
         assert score == pytest.approx(other, abs=1e-5)
+    assert log_of(two)["num_input_tokens_seen"] == log_of(one)["num_input_tokens_seen"] > 0
     best = Path(log_of(two)["best_model_checkpoint"])
     assert best.name == Path(log_of(one)["best_model_checkpoint"]).name
     assert (best.name == "checkpoint-5") == (output == "whole")

@@ -204,9 +204,12 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be between 0 and 1, for example 0.999")
         if self.tensor_parallel_size > 1:
-            for name in ("ema_decay", "fsdp", "deepspeed"):
+            # Nothing can scale the gradients of matrices that are cut and of others at once, which fp16 needs.
+            for name in ("ema_decay", "fsdp", "deepspeed", "fp16"):
                 if getattr(self, name):
                     raise ValueError(f"tensor_parallel_size and {name} exclude each other")
+            if not self.average_tokens_across_devices:  # the Trainer would add the gradients of all parts up
+                raise ValueError("tensor_parallel_size needs average_tokens_across_devices: true, which is the default")
             if self.optim not in _ELEMENTWISE:
                 raise ValueError(f"tensor_parallel_size goes with optim {', '.join(_ELEMENTWISE)}, not {self.optim}")
         if self.report_to is None:

@@ -54,7 +54,8 @@ class DurableTrainer(Seq2SeqTrainer):
 
     A subclass, because the Trainer deletes old checkpoints before a callback hears of the new one, makes one step more
     when it resumes a run that had made its last, and shows its batches and gradients to no callback; and because under
-    tensor parallelism it neither saves nor loads a checkpoint, and scores every row once for each process.
+    tensor parallelism it neither saves nor loads a checkpoint, and scores every row and counts every token once for
+    each process.
 
     Args:
         complete_checkpoint: writes what belongs into a checkpoint's folder besides, and at last the marker.
@@ -163,6 +164,12 @@ class DurableTrainer(Seq2SeqTrainer):
                 self.average.keep()
             self.average = None  # the model is the average now
         return output
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        counted = self.state.num_input_tokens_seen - before  # of all processes, some of which have the same batch
+        self.state.num_input_tokens_seen = before + counted // self.get_tp_size()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.get_tp_size() == 1:
