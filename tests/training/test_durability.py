@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import dragoman.cli
 from dragoman.training import run
 from dragoman.training.arguments import load_experiment
-from dragoman.training.checkpoints import complete_checkpoints, unfinished_checkpoints
+from dragoman.training.checkpoints import complete_checkpoints, load_parts, unfinished_checkpoints
 from dragoman.training.run import last_complete_checkpoint, train
 from dragoman.training.trainer import DurableTrainer
 from training.experiments import write_experiment
@@ -279,3 +279,9 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch, with_room, file):
     for folder in complete_checkpoints(output):
         assert_equal_weights(folder, free / folder.name)
     assert_equal_weights(train(load_experiment(path, [f"training.output_dir={output}"]), resume=True), free)
+
+
+def test_parts_of_a_checkpoint_that_is_gone(tmp_path):
+    """It is an error: a model with whatever weights it had would pass for the best one."""
+    with pytest.raises(FileNotFoundError, match=r"gone has no model\*\.safetensors to go back to"):
+        load_parts(torch.nn.Linear(1, 1), tmp_path / "gone")

@@ -32,8 +32,14 @@ def unfinished_checkpoints(run: Path) -> list[Path]:
 
 
 def load_parts(model: Any, checkpoint: Path) -> None:
-    """The model, shared out among processes, has the whole weights in a checkpoint; each process takes its parts."""
-    files = checkpoint.glob("model*.safetensors")
+    """The model, shared out among processes, has the whole weights in a checkpoint; each process takes its parts.
+
+    Raises:
+        FileNotFoundError: the folder is not there any more, or has no weights.
+    """
+    files = list(checkpoint.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{checkpoint} has no model*.safetensors to go back to; was the run moved or deleted?")
     saved: dict[str, Any] = {name: weight for file in files for name, weight in load_file(file).items()}
     # Not strict: of tied weights one is saved.
     set_model_state_dict(model, saved, options=StateDictOptions(full_state_dict=True, strict=False))
