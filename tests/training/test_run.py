@@ -392,7 +392,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
 
 def test_tensor_parallelism_needs_a_process_for_each_part(tmp_path):
     path = write_experiment(tmp_path, model={"encoder_ffn_dim": 18, "decoder_ffn_dim": 20})
-    sentence = "training.tensor_parallel_size is 2, but there is 1 process: start 2 with `accelerate launch --config_f"
+    sentence = "training.tensor_parallel_size is 2, but there is 1 process: start 2 with `accelerate launch --multi_gp"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         train(load_experiment(path, ["training.tensor_parallel_size=2"]))
 

@@ -21,7 +21,7 @@ Examples:
 
 \b
 In several processes or on several GPUs, with the same arguments:
-  accelerate launch scripts/train.py configs/quickstart.yaml""",
+  accelerate launch -m dragoman train configs/quickstart.yaml""",
 )
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file as in configs/, which explain their keys.")],

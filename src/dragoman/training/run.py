@@ -224,7 +224,7 @@ def _check_processes(arguments: TrainingArguments) -> None:
         started = "there is 1 process" if processes == 1 else f"there are {processes} processes"
         raise ValueError(
             f"training.tensor_parallel_size is {parts}, but {started}: start {parts} with `accelerate launch "
-            f"--config_file configs/accelerate/tensor_parallel.yaml --num_processes {parts} scripts/train.py ...`"
+            f"--multi_gpu --num_processes {parts} -m dragoman train ...`"
         )
     if arguments.distributed_state.distributed_type == DistributedType.MULTI_CPU:
         raise ValueError("training.tensor_parallel_size needs GPUs: Accelerate refuses it for processes on the CPU")
