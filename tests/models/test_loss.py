@@ -90,6 +90,23 @@ def test_other_heads_are_called(head, batch, rows_at_a_time):
         torch.testing.assert_close(lean, plain, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("zero3", [False, True])
+def test_zero3_calls_the_head_once_in_every_process(batch, monkeypatch, zero3):
+    """Its weights are gathered for each call, for which all processes wait; also where one has no target at all."""
+    monkeypatch.setattr(loss, "LOGITS_AT_A_TIME", 4 * V)
+    monkeypatch.setattr(loss, "FEWEST_ROWS_AT_A_TIME", 1)
+    monkeypatch.setattr(loss, "is_deepspeed_zero3_enabled", lambda: zero3)
+    head, calls = nn.Linear(D, V).double(), []
+    head.register_forward_hook(lambda module, inputs, outputs: calls.append(len(outputs)))
+    states = torch.randn(B, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for labels, chunks in ((batch["labels"], [4, 4, 4]), (torch.full((B, T), -100), [0])):
+        calls.clear()
+        with torch.no_grad():
+            value = next_token_loss_of_states(states, head, labels, V, num_items_in_batch=9)
+        assert calls == ([sum(chunks)] if zero3 else chunks)
+        torch.testing.assert_close(value, next_token_loss(head(states), labels, 0.0, 9), rtol=1e-9, atol=1e-12)
+
+
 def test_frozen_heads_and_states(batch):
     head = nn.Linear(D, V).double().requires_grad_(False)
     states = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)

@@ -184,6 +184,8 @@ def prepare(folder: Path) -> None:
         (folder / name).mkdir()
         write_experiment(folder / name, training={**changes, "ema_decay": 0.8})
     sections = yaml.safe_load((folder / "fsdp" / "tiny.yaml").read_text())
+    sections["model"]["layerdrop"] = 0.5
+    (folder / "fsdp" / "dropping.yaml").write_text(yaml.safe_dump(sections))
     sections["model"] = {"preset": "lstm_bahdanau", "embedding_dim": 12, "hidden_size": 12}
     (folder / "fsdp" / "recurrent.yaml").write_text(yaml.safe_dump(sections))
     (folder / "tp").mkdir()
@@ -319,7 +321,7 @@ def main(folder: Path) -> None:
     with fsdp_of_accelerate():
         stopped_and_resumed(folder / "fsdp", dist.get_rank(), is_sharded)
         os.environ["FSDP_VERSION"] = "1"
-        for name in ("tiny", "recurrent"):
+        for name in ("tiny", "recurrent", "dropping"):
             AcceleratorState._reset_state()
             path = folder / "fsdp" / f"{name}.yaml"
             try:

@@ -263,6 +263,8 @@ def test_what_fsdp_cannot_train_is_refused(folder):
         "DeepSpeed and FSDP of version 1",
         "recurrent": "a recurrent model has no layers that FSDP could share out among processes; leave out "
         "training.fsdp, or launch with configs/accelerate/ddp.yaml",
+        "dropping": "model.layerdrop leaves out other layers in each process, and under FSDP and DeepSpeed's ZeRO-3 "
+        "they would wait for each other's; set model.layerdrop=0, or launch with configs/accelerate/ddp.yaml",
     }
     for name, sentence in sentences.items():
         assert {(folder / "fsdp" / f"{name}.{rank}.txt").read_text() for rank in (0, 1)} == {sentence}
@@ -289,7 +291,7 @@ def test_launch_files_are_taken(path):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_settings_of_deepspeed(stage):
-    """DeepSpeed is not installed here: what can be tested is the form, and that the Trainer is to fill in the rest."""
+    """The form, and that the Trainer is to fill in the rest; test_deepspeed.py trains, where DeepSpeed is installed."""
     settings = json.loads((ROOT / "configs" / "accelerate" / f"deepspeed_zero{stage}.json").read_text())
     assert settings["zero_optimization"]["stage"] == stage
     shared = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .fast_linear import is_plain, linear
 
@@ -87,7 +88,8 @@ def next_token_loss_of_states(
     Args:
         states: `(B, T, D)`, what the head takes.
         lm_head: a plain linear layer; any other module (an adapter, a sharded layer, one with hooks) is called chunk by
-            chunk under a checkpoint, which bounds memory too and computes the logits twice.
+            chunk under a checkpoint, which bounds memory too and computes the logits twice; under DeepSpeed's ZeRO-3
+            it is called once, for all targets.
         labels: `(B, T)`.
         vocab_size: V, by which the rows held at a time are counted.
     """
@@ -103,7 +105,8 @@ def next_token_loss_of_states(
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return nn.functional.cross_entropy(logits, some_labels, reduction="sum", label_smoothing=label_smoothing)
 
-        rows = rows_at_a_time(vocab_size)
+        # ZeRO-3 gathers the head's weights for each call, and all processes wait for that: as many calls in each.
+        rows = len(labels) if is_deepspeed_zero3_enabled() else rows_at_a_time(vocab_size)
         chunks = zip(states.split(rows), labels.split(rows), strict=True)
         total = sum((checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks), states.sum() * 0.0)
     return _average(total, len(labels) if num_items_in_batch is None else num_items_in_batch)

@@ -38,6 +38,7 @@ from transformers import (
     set_seed,
 )
 from transformers.distributed import DistributedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dragoman.data.collators import PackingCollator, Seq2SeqCollator, encode_pairs
 from dragoman.data.languages import save_prefix, set_languages
@@ -136,7 +137,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     model = build_model(experiment, tokenizer, longest_target, languages_of(pairs["train"], "target"))
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # Under DeepSpeed's ZeRO-3 a parameter is empty here, and knows how many numbers it has.
+    parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
     sizes = [f"{len(side):,}" for side in dict.fromkeys(source_and_target_tokenizer(tokenizer))]
     say(f"vocabulary: {f'{sizes[0]} source, {sizes[1]} target' if len(sizes) == 2 else f'{sizes[0]} joint'}")
     say(f"model: {type(model).__name__}, {parameters:,} parameters, on {arguments.device}")
@@ -175,7 +177,8 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
         )
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trainer.add_callback(_Lines(say) if arguments.disable_tqdm else _Progress)
-    say(f"memory: {_memory(model, experiment, encoded['train'])}")
+    if not is_deepspeed_zero3_enabled():  # else there are no weights yet to pass a batch through
+        say(f"memory: {_memory(model, experiment, encoded['train'])}")
     with _one_sentence_for_disk_errors(output), companion.catching_signals():
         if arguments.process_index == 0:
             _claim_output(output, experiment, overwrite)
@@ -496,6 +499,7 @@ _OF_THE_RUN = (
     "train_sampling_strategy",
     "dataloader_drop_last",
     "tensor_parallel_size",
+    "deepspeed",
 )
 
 
@@ -517,9 +521,10 @@ def _check_resumed(output: Path, before: Experiment, now: Experiment) -> None:
     accumulated, processes = before.training.gradient_accumulation_steps, marker["processes"]
     now_accumulated, now_processes = now.training.gradient_accumulation_steps, now.training.data_processes
     batches = accumulated * processes
-    if batches != now_accumulated * now_processes or (now.data.streaming and processes != now_processes):
+    is_of_their_number = now.data.streaming or now.training.deepspeed is not None  # the streams, DeepSpeed's parts
+    if batches != now_accumulated * now_processes or (is_of_their_number and processes != now_processes):
         remedy = f"start as many processes, with training.gradient_accumulation_steps={accumulated}"
-        if batches % now_processes == 0 and not now.data.streaming:
+        if batches % now_processes == 0 and not is_of_their_number:
             remedy = f"set training.gradient_accumulation_steps={batches // now_processes}"
         raise ValueError(
             f"cannot resume {output}: {processes} processes with {accumulated} batches each made an update, now it "

@@ -14,6 +14,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Sampler
 from transformers import Seq2SeqTrainer, TrainerState
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
@@ -81,6 +82,17 @@ class DurableTrainer(Seq2SeqTrainer):
             raise ValueError(
                 "a recurrent model has no layers that FSDP could share out among processes; leave out training.fsdp, "
                 "or launch with configs/accelerate/ddp.yaml"
+            )
+        model: Any = self.model
+        if (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()) and getattr(model.config, "layerdrop", 0):
+            raise ValueError(
+                "model.layerdrop leaves out other layers in each process, and under FSDP and DeepSpeed's ZeRO-3 they "
+                "would wait for each other's; set model.layerdrop=0, or launch with configs/accelerate/ddp.yaml"
+            )
+        if is_deepspeed_zero3_enabled() and isinstance(self.model, DragomanRnnForConditionalGeneration):
+            raise ValueError(
+                "a recurrent model makes as many steps as its longest sentence has tokens, and with DeepSpeed's ZeRO-3 "
+                "processes would wait for each other's steps; take configs/accelerate/deepspeed_zero2.json"
             )
         if average is not None and (self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self._is_fsdp2())):
             raise ValueError(
