@@ -6,7 +6,14 @@ import itertools
 import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AutoModelForSeq2SeqLM, BartConfig, BartModel, DynamicCache, EncoderDecoderCache
+from transformers import (
+    AttentionInterface,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartModel,
+    DynamicCache,
+    EncoderDecoderCache,
+)
 
 import dragoman
 import reference
@@ -65,6 +72,13 @@ def test_no_padding_and_no_masks(capable):
     model, batch = capable.build(), make_batch()
     every = torch.ones(B, S).bool(), torch.ones(B, T).bool()
     assert_same(model, *every, input_ids=batch["input_ids"], labels=batch["labels"].clamp(min=3))
+
+
+def test_code_of_a_checkpoint_registers_a_function_of_its_own(varlen_on_cpu, monkeypatch):
+    """The last one registered counts for the whole process, and is not asked."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "varlen", pytest.fail)
+    model, batch = CAPABLE[0].build(), make_batch()
+    assert_same(model, batch["attention_mask"].bool(), batch["labels"] != -100, **batch)
 
 
 def test_masks_of_both_sides(capable):

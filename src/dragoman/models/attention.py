@@ -95,7 +95,9 @@ class DragomanAttention(nn.Module):
 
     def attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, H, T, d) and two (B, G, K, d) -> (B, T, H, d) and, from the eager implementation, weights (B, H, T, K)"""
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        if self.config._attn_implementation == "varlen":  # which code that comes with a checkpoint registers, too
+            attention = varlen_attention
         return attention(
             self,
             query,
