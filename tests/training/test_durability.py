@@ -16,8 +16,13 @@ from typer.testing import CliRunner
 import dragoman.cli
 from dragoman.training import run
 from dragoman.training.arguments import load_experiment
-from dragoman.training.checkpoints import complete_checkpoints, load_parts, unfinished_checkpoints
-from dragoman.training.run import last_complete_checkpoint, train
+from dragoman.training.checkpoints import (
+    complete_checkpoints,
+    last_complete_checkpoint,
+    load_parts,
+    unfinished_checkpoints,
+)
+from dragoman.training.run import train
 from dragoman.training.trainer import DurableTrainer
 from training.experiments import write_experiment
 from training.test_run import assert_equal_weights

@@ -19,7 +19,8 @@ from dragoman.inference.translate import translate
 from dragoman.models import generation, language_model_head
 from dragoman.training import run
 from dragoman.training.arguments import load_experiment
-from dragoman.training.run import last_complete_checkpoint, train
+from dragoman.training.checkpoints import last_complete_checkpoint
+from dragoman.training.run import train
 from training.experiments import write_experiment, write_pairs
 
 

@@ -27,6 +27,11 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return [folder for folder in checkpoints(run) if (folder / COMPLETE_FILE).exists()]
 
 
+def last_complete_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end, or None."""
+    return next(reversed(complete_checkpoints(output)), None)
+
+
 def unfinished_checkpoints(run: Path) -> list[Path]:
     return [folder for folder in checkpoints(run) if not (folder / COMPLETE_FILE).exists()]
 

@@ -1,14 +1,11 @@
 """From an experiment to a finished model: read, encode, build, train with the stock Seq2SeqTrainer, test, save."""
 
-import errno
 import json
 import logging
 import math
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +20,6 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list, gather
 from datasets import Dataset, IterableDataset
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForSeq2SeqLM,
     EarlyStoppingCallback,
@@ -42,7 +38,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dragoman.data.collators import PackingCollator, Seq2SeqCollator, encode_pairs
 from dragoman.data.languages import save_prefix, set_languages
-from dragoman.data.reading import EMBEDDED_PREFIX, Pairs, languages_of, read_pairs, turned_round, with_settings
+from dragoman.data.reading import Pairs, languages_of, read_pairs, turned_round, with_settings
 from dragoman.data.tokenizers import (
     ProcessingClass,
     build_tokenizer,
@@ -50,12 +46,12 @@ from dragoman.data.tokenizers import (
     source_and_target_tokenizer,
 )
 from dragoman.evaluation.scores import build_compute_metrics, compute_scores, headline
-from dragoman.files import UNFINISHED, write_whole
+from dragoman.files import write_whole
 from dragoman.inference.arguments import check_token_ids
 from dragoman.inference.languages import language_argument, language_id
 from dragoman.inference.loading import model_folder, one_sentence_for_damaged_weights
 from dragoman.settings import one_line
-from dragoman.training.arguments import Experiment, TrainingArguments, load_experiment
+from dragoman.training.arguments import Experiment, TrainingArguments
 from dragoman.training.averaging import WeightAverage
 from dragoman.training.batches import side_lengths
 from dragoman.training.card import calls, decoding_name, write_card
@@ -64,18 +60,24 @@ from dragoman.training.checkpoints import (
     EXPERIMENT_FILE,
     PLOT_FILE,
     TEST_FILE,
-    complete_checkpoints,
+    last_complete_checkpoint,
     step_of,
     unfinished_checkpoints,
 )
 from dragoman.training.checks import check_attention
 from dragoman.training.memory import MemoryEstimate, estimate_memory
 from dragoman.training.push import check_token, one_sentence_for_hub_errors, push
+from dragoman.training.run_folder import (
+    SPLITS,
+    check_output,
+    claim_output,
+    is_finished,
+    one_sentence_for_disk_errors,
+)
 from dragoman.training.trainer import LanguagesTrainer, ScheduledSamplingTrainer
 from dragoman.training.watching import Divergence, Samples, plot_run
 
 
-SPLITS = ("train", "validation", "test")
 # A new sentence may well be longer than every training target, and one that never ends must still stop.
 LENGTH_MARGIN = 1.5
 
@@ -105,13 +107,13 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
             "-m dragoman train ...`, or choose one with CUDA_VISIBLE_DEVICES=0"
         )
     _check_processes(arguments)
-    with _one_sentence_for_disk_errors(output):
-        _check_output(output, experiment, resume, overwrite)
+    with one_sentence_for_disk_errors(output):
+        check_output(output, experiment, resume, overwrite)
         checkpoint = last_complete_checkpoint(output) if resume else None
         first_step = step_of(checkpoint) if checkpoint else 0
     if arguments.push_to_hub:
         check_token()
-    if resume and not arguments.push_to_hub and _is_finished(output, experiment):
+    if resume and not arguments.push_to_hub and is_finished(output, experiment):
         say(f"{output} is finished already, after step {step_of(output)}: nothing is left to do")
         recorded = json.loads((output / TEST_FILE).read_text(encoding="utf-8"))
         _say_scores(say, recorded, GenerationConfig.from_pretrained(output))
@@ -179,9 +181,9 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     trainer.add_callback(_Lines(say) if arguments.disable_tqdm else _Progress)
     if not is_deepspeed_zero3_enabled():  # else there are no weights yet to pass a batch through
         say(f"memory: {_memory(model, experiment, encoded['train'])}")
-    with _one_sentence_for_disk_errors(output), companion.catching_signals():
+    with one_sentence_for_disk_errors(output), companion.catching_signals():
         if arguments.process_index == 0:
-            _claim_output(output, experiment, overwrite)
+            claim_output(output, experiment, overwrite)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
@@ -195,7 +197,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     if companion.hears_stop(arguments) and companion.saved_step == trainer.state.global_step:
         companion.stop(trainer.state)
 
-    with _one_sentence_for_disk_errors(output):
+    with one_sentence_for_disk_errors(output):
         is_pushed, arguments.push_to_hub = arguments.push_to_hub, False  # the Trainer would push its own card
         trainer.save_model(str(output))
         if arguments.process_index == 0:
@@ -204,7 +206,7 @@ def train(experiment: Experiment, *, resume: bool = False, overwrite: bool = Fal
     scores: dict[str, float] = {}
     if "test" in encoded:
         scores = _test(trainer, arguments, tokenizer, encoded["test"], list(pairs["test"]["target"]))
-    with _one_sentence_for_disk_errors(output):
+    with one_sentence_for_disk_errors(output):
         if arguments.process_index == 0:
             (output / TEST_FILE).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
             write_card(output, example=next(iter(pairs["train"]))["source"])
@@ -310,11 +312,6 @@ def _fresh_model(experiment: Experiment, source: Any, target: Any) -> tuple[PreT
             "two vocabularies cannot share embeddings: set model.share_embeddings=false or tokenizer.joint=true"
         )
     return AutoModelForSeq2SeqLM.from_config(config), special_ids
-
-
-def last_complete_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end, or None."""
-    return next(reversed(complete_checkpoints(output)), None)
 
 
 def usage(output: Path, pair: Mapping[str, str]) -> str:
@@ -465,107 +462,6 @@ def _memory(model: PreTrainedModel, experiment: Experiment, encoded: Pairs) -> M
     return estimate_memory(model, arguments, rows, source, target, averaging=arguments.ema_decay is not None)
 
 
-def _check_output(output: Path, experiment: Experiment, resume: bool, overwrite: bool) -> None:
-    """Refuse an output folder that another run uses, or that cannot be written."""
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
-    present = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not present.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    try:
-        # Its name is one that another process, which looks whether the folder is in use, passes over.
-        tempfile.TemporaryDirectory(UNFINISHED, dir=present).cleanup()
-    except OSError as error:
-        raise OSError(f"cannot write to {output}: {error.strerror}") from error
-    in_use = output.is_dir() and any(file.suffix != UNFINISHED for file in output.iterdir())
-    if in_use and not (resume or overwrite):
-        raise ValueError(f"{output} is not empty: --resume goes on with its run, --overwrite deletes it")
-    if in_use and not (output / EXPERIMENT_FILE).is_file():
-        raise ValueError(f"{output} is not empty and holds no {EXPERIMENT_FILE}: no run made it, so choose another")
-    if in_use and overwrite:
-        _check_inputs(output, experiment)
-    if in_use and resume:
-        _check_resumed(output, load_experiment(output / EXPERIMENT_FILE), experiment)
-
-
-# Of the section `training`: what the weights and the order of the pairs depend on, beside the number of processes.
-_OF_THE_RUN = (
-    "ema_decay",
-    "seed",
-    "data_seed",
-    "per_device_train_batch_size",
-    "max_tokens_per_batch",
-    "packing",
-    "train_sampling_strategy",
-    "dataloader_drop_last",
-    "tensor_parallel_size",
-    "deepspeed",
-)
-
-
-def _check_resumed(output: Path, before: Experiment, now: Experiment) -> None:
-    """Refuse what would not go on with the same model, or would leave out pairs and repeat others."""
-    changed = [
-        f"{section}.{key}"
-        for section in ("model", "data", "tokenizer")
-        for key in sorted(before.given[section].keys() | now.given[section].keys())
-        if before.given[section].get(key) != now.given[section].get(key)
-    ]
-    changed += [f"training.{key}" for key in _OF_THE_RUN if getattr(before.training, key) != getattr(now.training, key)]
-    if changed:
-        raise ValueError(f"cannot resume {output}: it was started with another {', '.join(changed)}")
-    checkpoint = last_complete_checkpoint(output)
-    if checkpoint is None:
-        return
-    marker = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
-    accumulated, processes = before.training.gradient_accumulation_steps, marker["processes"]
-    now_accumulated, now_processes = now.training.gradient_accumulation_steps, now.training.data_processes
-    batches = accumulated * processes
-    is_of_their_number = now.data.streaming or now.training.deepspeed is not None  # the streams, DeepSpeed's parts
-    if batches != now_accumulated * now_processes or (is_of_their_number and processes != now_processes):
-        remedy = f"start as many processes, with training.gradient_accumulation_steps={accumulated}"
-        if batches % now_processes == 0 and not is_of_their_number:
-            remedy = f"set training.gradient_accumulation_steps={batches // now_processes}"
-        raise ValueError(
-            f"cannot resume {output}: {processes} processes with {accumulated} batches each made an update, now it "
-            f"would be {now_processes} with {now_accumulated}; {remedy}"
-        )
-
-
-def _is_finished(output: Path, experiment: Experiment) -> bool:
-    """Whether this very experiment has made the model in the folder; with more steps, say, it goes on."""
-    return (output / COMPLETE_FILE).is_file() and load_experiment(output / EXPERIMENT_FILE).given == experiment.given
-
-
-def _check_inputs(output: Path, experiment: Experiment) -> None:
-    """Refuse to delete what the run begins with, or a folder of the user's own that merely has such a file."""
-    inputs = {"the experiment": str(experiment.path)}
-    for section, keys in (("data", SPLITS), ("tokenizer", ("path",)), ("model", ("from_pretrained",))):
-        for key in keys:
-            value = experiment.given[section].get(key)
-            for number, path in enumerate(value if isinstance(value, list) else [value]):
-                if path is not None and not str(path).startswith(EMBEDDED_PREFIX):
-                    inputs[f"{section}.{key}" + f"[{number}]" * isinstance(value, list)] = path
-    for name, path in inputs.items():
-        if Path(path).expanduser().resolve().is_relative_to(output.resolve()):
-            raise ValueError(f"--overwrite would delete {path} ({name}), which lies in {output}: choose another folder")
-
-
-def _claim_output(output: Path, experiment: Experiment, overwrite: bool) -> None:
-    """Make the folder this run's own; only now, so that a mistake found before leaves it as it was."""
-    if overwrite and output.exists():
-        for folder in (output, *complete_checkpoints(output)):
-            (folder / COMPLETE_FILE).unlink(missing_ok=True)
-        # What tells that a run made the folder goes last, lest a second try refuse what is left of it.
-        for entry in sorted(output.iterdir(), key=lambda entry: entry.name == EXPERIMENT_FILE):
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    output.mkdir(parents=True, exist_ok=True)
-    (output / COMPLETE_FILE).unlink(missing_ok=True)
-    for unfinished in unfinished_checkpoints(output):
-        shutil.rmtree(unfinished)
-    experiment.save(output / EXPERIMENT_FILE)
-
-
 def _read(experiment: Experiment) -> dict[str, Pairs]:
     data = experiment.data
     specs = {split: getattr(data, split) for split in SPLITS}
@@ -683,21 +579,3 @@ def _mark_complete(experiment: Experiment, folder: Path, state: TrainerState) ->
     marker = {"step": state.global_step, "epoch": state.epoch, "best_validation": state.best_metric}
     marker["processes"] = experiment.training.data_processes
     write_whole(folder / COMPLETE_FILE, json.dumps(marker) + "\n")
-
-
-@contextmanager
-def _one_sentence_for_disk_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save and safetensors report a full disk in their own exceptions, without an errno
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if full or (not isinstance(error, OSError) and _is_full(output)):
-            raise OSError(f"the disk of {output} is full; make room and go on with --resume") from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise OSError(f"cannot write to {output}: {error.strerror}") from error
-        raise
-
-
-def _is_full(folder: Path) -> bool:
-    return folder.is_dir() and shutil.disk_usage(folder).free < 1 << 20
