@@ -100,6 +100,11 @@ def host_with_weights_of(model: Any, scratch: Path) -> tuple[str, Any] | None:
     names += tuple(f"{side}_{size}" for side in ("encoder", "decoder") for size in sizes)
     names += ("pad_token_id", "eos_token_id", "decoder_start_token_id")
     settings = {name: value for name, value in model.config.to_dict().items() if name in names}
+
+    def content(weight: torch.Tensor) -> tuple[float, ...]:
+        flat = weight.flatten()
+        return flat.numel(), *flat[:1].tolist(), *flat[-1:].tolist()
+
     for name, (config_class, host_class, positions) in HOSTS.items():
         settings["max_position_embeddings"] = positions or model.config.max_position_embeddings
         host = host_class(config_class(**settings)).eval()
@@ -112,11 +117,6 @@ def host_with_weights_of(model: Any, scratch: Path) -> tuple[str, Any] | None:
         converted, trained = read_model(scratch / f"converted-{name}").state_dict(), model.state_dict()
         if {name: weight.shape for name, weight in converted.items()} != {n: w.shape for n, w in trained.items()}:
             continue
-
-        def content(weight: torch.Tensor) -> tuple[float, ...]:
-            flat = weight.flatten()
-            return flat.numel(), *flat[:1].tolist(), *flat[-1:].tolist()
-
         places = {content(weight): name for name, weight in converted.items()}
         for weight in host.state_dict().values():
             for rows in (weight, weight[2:]):  # BART's table of positions begins with two rows that it never reads

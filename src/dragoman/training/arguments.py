@@ -42,6 +42,9 @@ from dragoman.training.checks import check_libraries, check_ranges
 PathPair = str | list[str]
 
 
+SPLITS = ("train", "validation", "test")
+
+
 @dataclass(kw_only=True)
 class DataArguments:
     """Where the sentence pairs are and which of them are used.

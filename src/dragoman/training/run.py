@@ -51,7 +51,7 @@ from dragoman.inference.arguments import check_token_ids
 from dragoman.inference.languages import language_argument, language_id
 from dragoman.inference.loading import model_folder, one_sentence_for_damaged_weights
 from dragoman.settings import one_line
-from dragoman.training.arguments import Experiment, TrainingArguments
+from dragoman.training.arguments import SPLITS, Experiment, TrainingArguments
 from dragoman.training.averaging import WeightAverage
 from dragoman.training.batches import side_lengths
 from dragoman.training.card import calls, decoding_name, write_card
@@ -68,7 +68,6 @@ from dragoman.training.checks import check_attention
 from dragoman.training.memory import MemoryEstimate, estimate_memory
 from dragoman.training.push import check_token, one_sentence_for_hub_errors, push
 from dragoman.training.run_folder import (
-    SPLITS,
     check_output,
     claim_output,
     is_finished,

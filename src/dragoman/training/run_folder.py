@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from dragoman.data.reading import EMBEDDED_PREFIX
 from dragoman.files import UNFINISHED
-from dragoman.training.arguments import Experiment, load_experiment
+from dragoman.training.arguments import SPLITS, Experiment, load_experiment
 from dragoman.training.checkpoints import (
     COMPLETE_FILE,
     EXPERIMENT_FILE,
@@ -21,9 +21,6 @@ from dragoman.training.checkpoints import (
     last_complete_checkpoint,
     unfinished_checkpoints,
 )
-
-
-SPLITS = ("train", "validation", "test")
 
 
 def check_output(output: Path, experiment: Experiment, resume: bool, overwrite: bool) -> None:
